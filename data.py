@@ -1,0 +1,134 @@
+"""The images: CIFAR-10, an .npz file of one's own, or the embedded synthetic set; on the device once, as tensors."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runs import Lock, Stop
+
+MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10; every data set is normalised with these
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+@dataclass
+class Data:
+    """Normalised images (N, 3, 32, 32), float32 and channels-last in memory, and labels (N,), int64."""
+
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    num_classes: int
+    sha256: str  # of the whole data set's arrays, before data_size is applied
+
+
+def load_data(dataset: str, data_dir: Path, data_size: int, device: torch.device) -> Data:
+    """Load a data set and put it on `device`: `cifar10`, `synthetic`, or the path of an .npz file.
+
+    `data_size` is how many training images to use, from the first on; 0 for all. Raises Stop on bad input.
+    """
+    arrays = {"cifar10": cifar10, "synthetic": synthetic}.get(dataset, npz)(Path(data_dir), dataset)
+    if data_size > len(arrays["x_train"]):
+        raise Stop(f"--data_size {data_size}: there are only {len(arrays['x_train'])} training images; use 0 for all")
+    num_classes = int(arrays["y_train"].max()) + 1
+    digest = hashlib.sha256()
+    for name in ARRAYS:
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    tensors = {}
+    for part in ("train", "test"):
+        count = data_size or None if part == "train" else None
+        x = torch.from_numpy(arrays[f"x_{part}"][:count]).to(device, torch.float32).div_(255)  # (N, 32, 32, 3)
+        x.sub_(torch.tensor(MEAN, device=device)).div_(torch.tensor(STD, device=device))
+        tensors[f"x_{part}"] = x.permute(0, 3, 1, 2)
+        tensors[f"y_{part}"] = torch.from_numpy(arrays[f"y_{part}"][:count]).to(device)
+    return Data(**tensors, num_classes=num_classes, sha256=digest.hexdigest())
+
+
+def cifar10(data_dir: Path, _: str) -> dict[str, np.ndarray]:
+    """CIFAR-10 as arrays, through torchvision, downloaded into `data_dir` if it is not there."""
+    from torchvision.datasets import CIFAR10  # only here: it is slow to import
+
+    try:
+        try:
+            parts = [CIFAR10(data_dir, train=train) for train in (True, False)]
+        except RuntimeError:  # not there, or not intact
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with Lock(data_dir, wait=True):  # many jobs may start at once
+                parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
+    except Stop:
+        raise
+    except Exception as error:  # no network, no space, a truncated or foreign archive, ...
+        here = [p for p in (data_dir / "cifar-10-python.tar.gz", data_dir / "cifar-10-batches-py") if p.exists()]
+        if here:
+            raise Stop(f"CIFAR-10 in {data_dir} is damaged ({_line(error)}); delete {here[0]} and try again") from None
+        raise Stop(
+            f"no CIFAR-10 in {data_dir} and it cannot be downloaded ({_line(error)}); name its directory with "
+            "--data_dir, or use --dataset FILE.npz or --dataset synthetic"
+        ) from None
+    return {
+        f"{letter}_{part}": array
+        for part, source in zip(("train", "test"), parts)
+        for letter, array in (("x", source.data), ("y", np.array(source.targets, np.int64)))
+    }
+
+
+def npz(data_dir: Path, dataset: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file: x_* uint8 (N, 32, 32, 3), y_* integers 0 .. c-1; looked for in `data_dir` too."""
+    path = next((p for p in (Path(dataset), data_dir / Path(dataset).name) if p.is_file()), None)
+    if path is None or path.suffix != ".npz":
+        raise Stop(f"--dataset {dataset}: neither cifar10 nor synthetic, nor an .npz file that exists")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in ARRAYS if name not in file]
+            arrays = {} if missing else {name: file[name] for name in ARRAYS}
+    except Exception as error:  # truncated, no zip, objects, impossible sizes: numpy raises many kinds
+        raise Stop(f"{path} cannot be read ({_line(error)}); it has to be a plain numpy.savez file") from None
+    if missing:
+        raise Stop(f"{path} lacks {', '.join(missing)}; it has to hold {', '.join(ARRAYS)}")
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or not len(x):
+            raise Stop(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N at least 1")
+        if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
+            raise Stop(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be integers ({len(x)},), one per image")
+    classes = np.unique(arrays["y_train"])
+    if len(classes) < 3 or classes[0] != 0 or classes[-1] != len(classes) - 1:
+        raise Stop(f"{path}: the labels in y_train have to be 0, 1, ..., c-1, each at least once, and c at least 3")
+    if arrays["y_test"].min() < 0 or arrays["y_test"].max() >= len(classes):
+        raise Stop(f"{path}: y_test has labels outside 0 to {len(classes) - 1}, the classes of y_train")
+    return arrays | {name: arrays[name].astype(np.int64) for name in ("y_train", "y_test")}
+
+
+def _line(error: Exception) -> str:
+    """An error as one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def synthetic(_: Path = Path(), __: str = "", train: int = 4000, test: int = 1000) -> dict[str, np.ndarray]:
+    """Ten classes of images in which the evidence is local and lies anywhere: made by code, from a fixed seed.
+
+    A class is a 7 x 7 coloured pattern. An image holds its class's pattern three times, at random places, among
+    clutter: cut-up patterns of all classes, a random background and noise. Where a pattern lies says nothing, so a
+    filter learned at one position is worth having at all of them.
+    """
+    rng = np.random.default_rng(0)
+    size, classes = 7, 10
+    patterns = rng.standard_normal((classes, size, size, 3))
+    arrays = {}
+    for part, count in (("train", train), ("test", test)):
+        y = rng.permutation(np.arange(count) % classes)
+        background = rng.standard_normal((count, 8, 8, 3)).repeat(4, 1).repeat(4, 2)
+        x = 0.5 * background + 0.5 * rng.standard_normal((count, 32, 32, 3))
+        for i in range(count):
+            clutter = patterns[rng.integers(0, classes, 6)].reshape(6, -1, 3)
+            clutter = rng.permuted(clutter, axis=1).reshape(6, size, size, 3)
+            for pattern in (*clutter, *[patterns[y[i]]] * 3):  # the class's own patterns last, on top
+                top, left = rng.integers(0, 32 - size + 1, 2)
+                x[i, top : top + size, left : left + size] = pattern
+        arrays[f"x_{part}"] = np.clip(128 + 50 * x, 0, 255).astype(np.uint8)
+        arrays[f"y_{part}"] = y.astype(np.int64)
+    return arrays

@@ -1,0 +1,163 @@
+"""The study: train a CNN, untie it at log-spaced epochs, train on without the tie, record everything.
+
+    python experiments.py                                            the published settings, on a GPU
+    python experiments.py --exec 0                                   the plan alone: networks, files, disk space
+    python experiments.py --dataset synthetic --epochs 12 --n_splits 4    a small study on a CPU, in minutes
+
+The same command continues a run that was stopped. Results lie in results/<run>; plot them with plot.py.
+"""
+
+import argparse
+import contextlib
+import errno
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from runs import (
+    BAD_INPUT, COMPLETE, DIVERGED, ELCN, ENVIRONMENT, Interrupt, Lock, Settings, Stop, finish, lock_network,
+)  # fmt: skip
+
+if __name__ == "__main__":
+    INTERRUPT = Interrupt()  # torch takes seconds to import; a signal in that time must not be lost
+
+import torch
+from torch import nn
+
+from checkpoints import Track
+from convert import add_common_flags, convert_run, untie
+from data import load_data
+from measure import training_flop
+from models import skinnyprime
+from train import Session, pick_device, set_precision, train
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
+    """The command line; raises Stop, or exits with status 2, where it makes no sense."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def flag(name: str, help: str, *spellings: str, **kwargs) -> None:
+        default = getattr(Settings, name) or None if name == "splits" else getattr(Settings, name)
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument(f"--{name}", *spellings, default=default, help=help + shown, **kwargs)
+
+    flag("epochs", "epochs of the CNN", type=int, metavar="N")
+    flag("n_splits", "untie the CNN at so many log-spaced epochs, fewer where they coincide", type=int, metavar="N")
+    flag("cnn_lr", "learning rate of the CNN", type=float, metavar="LR")
+    flag("lc_lr", "learning rate of the eLCNs", "--lcn_lr", type=float, metavar="LR")
+    flag("splits", "untie at these epochs instead of n_splits", type=int, nargs="+", metavar="EPOCH")
+    flag("lc_epochs", "epochs of each eLCN; 0: as many as the CNN's", type=int, metavar="N")
+    flag("dataset", "cifar10, synthetic, or FILE.npz with x_train, y_train, x_test, y_test")
+    flag("data_size", "use the first N training images; 0: all", type=int, metavar="N")
+    flag("batch_size", "images per step", type=int, metavar="N")
+    flag("seed", "seed of the initial weights and of --shuffle", type=int, metavar="N")
+    parser.add_argument("--shuffle", action="store_true", help="shuffle in every epoch (default: the data set's order)")
+    flag("precision", "arithmetic of products on CUDA", choices=("float32", "tf32"))
+    parser.add_argument("--exec", type=int, choices=(0, 1), default=1, help="0: print the plan and stop (default: 1)")
+    parser.add_argument("--cnn_only", action="store_true", help="train the CNN and no eLCN")
+    parser.add_argument("--fresh", action="store_true", help="delete what there is of this run and start over")
+    parser.add_argument(
+        "--results_dir", type=Path, default=Path("results"), metavar="DIR", help="where runs lie (default: results)"
+    )
+    add_common_flags(parser)
+    args = parser.parse_args(argv)
+    values = {name: getattr(args, name) for name in Settings.__dataclass_fields__}
+    values |= {"splits": tuple(args.splits or ()), "dataset": Path(args.dataset).stem}
+    return args, Settings(**values)
+
+
+def disk_space(run: Path, settings: Settings, splits: list[int], keep: str, make_cnn: Callable) -> tuple[int, int]:
+    """(bytes that the run has still to write, bytes free where it writes them)."""
+    cnn = make_cnn(10)
+    sizes = [4 * sum(p.numel() for p in net.parameters()) + 50_000 for net in (cnn, untie(cnn.net, (3, 32, 32)))]
+    checkpoints = len(settings.elcn_evaluations) if keep == "all" else 1
+    total = (settings.epochs + 2) * sizes[0] + (len(splits) * checkpoints + bool(splits)) * sizes[1]  # and latest
+    there = sum(p.stat().st_size for p in run.rglob("*") if p.is_file())
+    nearest = next(p for p in run.absolute().parents if p.exists())
+    return max(0, total - there), shutil.disk_usage(nearest).free
+
+
+def print_plan(run: Path, settings: Settings, splits: list[int], dataset: str, needed: int, free: int) -> None:
+    size = settings.data_size or "all"
+    print(f"run         {run}")
+    print(f"data        {dataset}, {size} training images, batches of {settings.batch_size}")
+    print(f"CNN         {settings.epochs} epochs, learning rate {settings.cnn_lr}; evaluated at 0 and every epoch")
+    print(f"eLCNs       {len(splits)}, untied after these epochs of the CNN: {' '.join(map(str, splits)) or 'none'}")
+    if splits:
+        print(f"            {settings.elcn_epochs} epochs each, learning rate {settings.lc_lr}; evaluated at their own")
+        print(f"            epochs {' '.join(map(str, settings.elcn_evaluations))}")
+    print(f"disk space  {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+
+
+def print_cost(net: nn.Sequential, images: int) -> None:
+    """Say what training on the CPU costs."""
+    flop = images * training_flop(net, (3, 32, 32))
+    hours = flop / 100e9 / 3600
+    print(f"training on the CPU: {flop / 1e15:.2g} PFLOP, at 100 GFLOP/s {hours:.1f} hours, and the evaluations")
+
+
+def open_run(run: Path, fresh: bool) -> Lock:
+    """Make the run's directory, or find it, and lock the CNN; raises Stop if it is no run or cannot be written."""
+    there = [p for p in run.glob("*") if not p.name.startswith(".")] if run.is_dir() else []
+    if there and not any(p.name.startswith("config.json") for p in there):
+        raise Stop(f"{run} is there but is no run of experiments.py; move it away, or name another --results_dir")
+    try:
+        lock = lock_network(run)
+    except OSError as error:
+        status = ENVIRONMENT if error.errno in (errno.ENOSPC, errno.EDQUOT) else BAD_INPUT
+        raise Stop(f"{run} cannot be written ({error.strerror}); name another --results_dir", status) from None
+    if fresh and there:
+        with contextlib.ExitStack() as locks:  # nobody may be at work there
+            for directory in run.glob(f"{ELCN}_*/"):
+                locks.enter_context(lock_network(directory))
+            files = [p for p in run.rglob("*") if p.is_file()]
+            print(
+                f"--fresh: deleting {len(files)} files, {sum(p.stat().st_size for p in files) / 1e9:.2f} GB, in {run}"
+            )
+            for path in there:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return lock
+
+
+def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Module] = skinnyprime) -> int:
+    """Run the study as the command line `argv` says; returns the exit status.
+
+    `make_cnn(num_classes)` makes the tied network: a `models.ConvNet`, or any module with its layers in `net`.
+    """
+    args, settings = parse(argv)
+    run = args.results_dir / settings.run_name
+    splits = [] if args.cnn_only else settings.split_epochs
+    needed, free = disk_space(run, settings, splits, args.keep, make_cnn)
+    if args.exec == 0:
+        print_plan(run, settings, splits, args.dataset, needed, free)
+        return COMPLETE
+    if needed > free:
+        raise Stop(
+            f"disk space: {needed / 1e9:.2f} GB needed and {free / 1e9:.2f} GB free for {run}; free some, "
+            "use --keep last, or name another --results_dir", ENVIRONMENT,
+        )  # fmt: skip
+    device = pick_device(args.device)
+    data = load_data(args.dataset, args.data_dir, settings.data_size, device)
+    interrupt.check()
+    with open_run(run, args.fresh):
+        session = Session(run, settings, data, device, interrupt, args.keep, make_cnn)
+        session.begin(str(Path(args.dataset).absolute()) if args.dataset.endswith(".npz") else None)
+        print(f"run: {run}")
+        set_precision(settings.precision)
+        torch.manual_seed(settings.seed)
+        cnn = make_cnn(data.num_classes).to(device, memory_format=torch.channels_last)
+        if device.type == "cpu":
+            print_cost(cnn.net, len(data.x_train) * (settings.epochs + len(splits) * settings.elcn_epochs))
+        track = Track(run, None, cnn, settings.cnn_lr, settings.epochs, list(range(settings.epochs + 1)))
+        track.restore()
+        finite = train(track, session)
+    status = COMPLETE if finite else DIVERGED
+    if splits:
+        status = max(status, convert_run(session, splits))
+    print(f"{'complete' if status == COMPLETE else 'ended, with divergence'}: {run}")
+    return status
+
+
+if __name__ == "__main__":
+    finish(main, sys.argv, INTERRUPT)

@@ -1,0 +1,327 @@
+"""The networks of the study, and a locally connected layer for PyTorch.
+
+`skinnyprime` is the tied network (a CNN). `LocallyConnected2d` is a convolution whose filters are not shared: one
+filter per output position. `convert.py` turns the first into a network of the second.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    """A tied network: all layers, in order, in the `nn.Sequential` named `net`.
+
+    The name is part of the file format: checkpoints hold `net.1.weight`, `net.1.bias`, ...
+    """
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def skinnyprime(num_classes: int = 10) -> ConvNet:
+    """The CNN of the study: images (N, 3, 32, 32) to logits (N, num_classes); 64 channels in every layer.
+
+    Source: the released code of arXiv:2206.05317, after arXiv:1906.06766.
+    """
+    return ConvNet(
+        nn.ZeroPad2d(2), nn.Conv2d(3, 64, 4, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2),  # 64 x 17 x 17, then 8 x 8
+        nn.ZeroPad2d(2), nn.Conv2d(64, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2),           # 64 x 8 x 8, then 3 x 3
+        nn.ZeroPad2d(1), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.MaxPool2d(3, 2),           # 64 x 3 x 3, then 1 x 1
+        nn.Flatten(), nn.Linear(64, num_classes),
+    )  # fmt: skip
+
+
+def layer_shapes(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """What each layer of `net` receives for images of shape (C, H, W), and the output: shapes without the batch."""
+    parameter = next(net.parameters())
+    x = torch.zeros(1, *image_shape, dtype=parameter.dtype, device=parameter.device)
+    shapes, training = [tuple(image_shape)], net.training
+    with torch.no_grad():
+        net.eval()
+        for layer in net:
+            x = layer(x)
+            shapes.append(tuple(x.shape[1:]))
+        net.train(training)
+    return shapes
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+class LocallyConnected2d(nn.Module):
+    r"""A two-dimensional convolution without weight sharing: every output position has filters of its own.
+
+    For an input of size :math:`(N, C_{in}, H, W)` the output at position :math:`(h, w)` is
+
+    .. math::
+        \text{out}(n, o, h, w) = \text{bias}(o, h, w) + \sum_{c, i, j}
+            \text{weight}(o, c, h, w, i k_w + j)\; \text{input}(n, c, h s_h + i d_h - p_h, w s_w + j d_w - p_w)
+
+    with kernel :math:`k`, stride :math:`s`, padding :math:`p` (zeros) and dilation :math:`d`.
+
+    Args:
+        in_channels: channels of the input, C_in.
+        out_channels: channels of the output, C_out.
+        input_size: height and width of the input, which fix the number of filters.
+        kernel_size, stride, padding, dilation: as for `nn.Conv2d`; an int or a pair (vertical, horizontal).
+        bias: learn a bias for every channel and position.
+
+    Shapes:
+        - Input: (N, C_in, H, W), with (H, W) equal to `input_size`.
+        - Output: (N, C_out, H_out, W_out), with H_out = (H + 2 p_h - d_h (k_h - 1) - 1) // s_h + 1 and W_out
+          alike. On the CPU it is channels-last in memory.
+
+    Attributes:
+        weight: (1, C_out, C_in, H_out, W_out, k_h * k_w), uniform in +-1/sqrt(C_in k_h k_w) as in `nn.Conv2d`.
+            In memory it lies in the order (H_out, W_out, k_h, k_w, C_in, C_out), that of the matrix products;
+            any other order computes the same, slower.
+        bias: (1, C_out, H_out, W_out) or None, initialised like the weight.
+        fused_step: None, or a learning rate: then the backward pass takes the step of plain SGD itself,
+            weight -= fused_step * gradient, and likewise for the bias, and leaves both `.grad` as they are. That
+            saves writing and reading the gradient. CPU only, for a layer used once per step.
+
+    Raises:
+        ValueError: sizes that are not positive, a kernel larger than the padded input, or an input of another size.
+
+    The CPU path has first derivatives only; on other devices the layer is made of differentiable operations.
+
+    Example:
+        >>> layer = LocallyConnected2d(16, 33, (50, 100), kernel_size=(3, 5), stride=(2, 1), padding=(4, 2))
+        >>> layer(torch.randn(20, 16, 50, 100)).shape
+        torch.Size([20, 33, 28, 100])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        input_size: int | tuple[int, int],
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.input_size, self.kernel_size = pair(input_size), pair(kernel_size)
+        self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
+        positive = (in_channels, out_channels, *self.input_size, *self.kernel_size, *self.stride, *self.dilation)
+        if min(positive) < 1 or min(self.padding) < 0:
+            raise ValueError("channels, sizes, stride and dilation must be at least 1, and padding at least 0")
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(self.input_size, self.padding, self.dilation, self.kernel_size, self.stride)
+        )
+        if min(height, width) < 1:
+            raise ValueError(f"a kernel of {self.kernel_size} does not fit an input of {self.input_size}")
+        self.output_size = (height, width)
+        weight = torch.empty(height, width, *self.kernel_size, in_channels, out_channels, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight.permute(5, 4, 0, 1, 2, 3).flatten(4)[None])
+        if bias:
+            bias = torch.empty(height, width, out_channels, device=device, dtype=dtype)
+            self.bias = nn.Parameter(bias.permute(2, 0, 1)[None])
+        else:
+            self.register_parameter("bias", None)
+        self.fused_step: float | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, as `nn.Conv2d` does."""
+        bound = 1 / math.sqrt(self.in_channels * math.prod(self.kernel_size))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, input_size: int | tuple[int, int]) -> "LocallyConnected2d":
+        """The layer that computes what `conv` computes on inputs of `input_size`, with its filter at every position.
+
+        Raises ValueError for a convolution with groups, padding other than zeros, or padding given as a word.
+        """
+        if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise ValueError(f"{conv}: only groups=1 and zero padding given in numbers can be untied")
+        layer = cls(
+            conv.in_channels, conv.out_channels, input_size, conv.kernel_size, conv.stride, conv.padding,
+            conv.dilation, conv.bias is not None, conv.weight.device, conv.weight.dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            layer.weight.copy_(conv.weight.flatten(2)[None, :, :, None, None, :])
+            if conv.bias is not None:
+                layer.bias.copy_(conv.bias[None, :, None, None])
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
+            expected = ("N", self.in_channels, *self.input_size)
+            raise ValueError(f"expected an input of shape {expected}, not {tuple(x.shape)}")
+        return self.compute(x, self.padding, self.output_size)
+
+    def compute(self, x: Tensor, padding: tuple[int, int], outputs: tuple[int, int]) -> Tensor:
+        """The first `outputs` (rows, columns) of the output, for an input with `padding` zeros (above, to the left)."""
+        geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation, outputs)
+        if x.device.type == "cpu":
+            return _PatchRows.apply(x, self.weight, self.bias, geometry, self.fused_step)
+        return unfolded(x, self.weight, self.bias, geometry)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, input_size={self.input_size}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
+        )
+
+
+class Geometry(NamedTuple):
+    """Where a locally connected layer reads; each a pair (vertical, horizontal)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]  # zeros above and to the left
+    dilation: tuple[int, int]
+    outputs: tuple[int, int]  # how many output rows and columns to compute
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Rows and columns of the padded input that the outputs read."""
+        return tuple(
+            (o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(self.outputs, self.stride, self.kernel, self.dilation)
+        )
+
+
+def _matrices(weight: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """`LocallyConnected2d.weight` as (H_out, W_out, k_h, k_w, C_in, C_out), in memory too."""
+    return weight[0].unflatten(-1, kernel).permute(2, 3, 4, 5, 1, 0).contiguous()
+
+
+def unfolded(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+    """A locally connected layer as one matrix of patches times one matrix of filters at every position.
+
+    On any device, differentiable any number of times. x: (N, C_in, H, W); returns (N, C_out, *g.outputs).
+    """
+    (height, width), (top, left) = g.extent, g.padding
+    right, bottom = max(0, width - left - x.shape[3]), max(0, height - top - x.shape[2])
+    x = F.pad(x, (left, right, top, bottom))[:, :, :height, :width]
+    for dim in (0, 1):
+        x = x.unfold(dim + 2, (g.kernel[dim] - 1) * g.dilation[dim] + 1, g.stride[dim])[..., :: g.dilation[dim]]
+    rows, columns = g.outputs
+    patches = x.permute(2, 3, 0, 4, 5, 1).reshape(rows * columns, len(x), -1)  # (H_out * W_out, N, k_h * k_w * C_in)
+    filters = _matrices(weight, g.kernel)[:rows, :columns].reshape(*patches.shape[::2], -1)
+    out = torch.bmm(patches, filters).unflatten(0, g.outputs).permute(2, 3, 0, 1)  # (N, C_out, H_out, W_out)
+    out = out.contiguous(memory_format=torch.channels_last)
+    return out if bias is None else out + bias[:, :, :rows, :columns]
+
+
+class _PatchRows(torch.autograd.Function):
+    """A locally connected layer on the CPU, as batched matrix products over the positions of one output row.
+
+    No matrix of patches: with the input as (H, N, W, C_in), what one row of the kernel covers at one position is
+    k_w * C_in adjacent numbers, so `baddbmm` reads the patches of a whole output row in place, as a strided view.
+    Kernel rows that lie on zero padding are skipped. Patches are copied, one output row at a time, only where a
+    kernel row is too short for a good product (the first layer, with 3 channels) or is dilated.
+    """
+
+    SHORT = 48  # below this many numbers per kernel row, copied patches are faster
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, fused_step: float | None
+    ) -> Tensor:
+        filters = _matrices(weight, g.kernel)
+        if fused_step is not None and filters.data_ptr() != weight.data_ptr():
+            raise ValueError("fused_step needs the weight in the memory order the layer was made with")
+        (height, width), (top, left) = g.extent, g.padding
+        rows = x.new_zeros(height, len(x), width, x.shape[1])  # the padded input, (H, N, W, C_in)
+        inside = x[:, :, : max(0, height - top), : max(0, width - left)].permute(2, 0, 3, 1)
+        rows[top : top + inside.shape[0], :, left : left + inside.shape[2]] = inside
+        out = x.new_empty(len(x), *g.outputs, weight.shape[1])  # (N, H_out, W_out, C_out)
+        if bias is None:
+            out.zero_()
+        else:
+            out.copy_(bias[0, :, : g.outputs[0], : g.outputs[1]].permute(1, 2, 0))
+        for h in range(g.outputs[0]):
+            for kernel_rows, patches in _PatchRows.patches(rows, g, h, x.shape[2]):
+                out[:, h].transpose(0, 1).baddbmm_(patches, filters[h, : g.outputs[1], kernel_rows].flatten(1, 3))
+        ctx.save_for_backward(rows, weight, bias)
+        ctx.g, ctx.fused_step, ctx.size = g, fused_step, x.shape
+        return out.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def patches(rows: Tensor, g: Geometry, h: int, height: int):
+        """Yield (rows of the kernel, the patches (W_out, N, rows * k_w * C_in) they see) for output row `h`."""
+        _, n, width, channels = rows.shape
+        (k_h, k_w), (s_h, s_w), (d_h, d_w) = g.kernel, g.stride, g.dilation
+        row, image, column, _ = rows.stride()
+        first = h * s_h
+        if d_w > 1 or k_w * channels < _PatchRows.SHORT:
+            view = rows.as_strided(
+                (g.outputs[1], n, k_h, k_w, channels),
+                (s_w * column, image, d_h * row, d_w * column, 1), first * row,
+            )  # fmt: skip
+            yield slice(None), view.reshape(g.outputs[1], n, -1)
+            return
+        for i in range(k_h):
+            if 0 <= first + i * d_h - g.padding[0] < height:
+                at = (first + i * d_h) * row
+                yield slice(i, i + 1), rows.as_strided((g.outputs[1], n, k_w * channels), (s_w * column, image, 1), at)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        (rows, weight, bias), g = ctx.saved_tensors, ctx.g
+        filters = _matrices(weight, g.kernel)
+        grad = grad.permute(2, 3, 0, 1)  # (H_out, W_out, N, C_out)
+        if grad.stride(3) != 1:
+            grad = grad.contiguous()
+        grad_x = _PatchRows.grad_input(grad, filters, g, ctx.size) if ctx.needs_input_grad[0] else None
+
+        grad_weight, beta, alpha, target = None, 0, 1, None
+        if ctx.fused_step is not None:
+            beta, alpha, target = 1, -ctx.fused_step, filters
+        elif ctx.needs_input_grad[1]:
+            target = torch.zeros_like(filters)
+            grad_weight = target.permute(5, 4, 0, 1, 2, 3).flatten(4)[None]
+        if target is not None:
+            for h in range(g.outputs[0]):
+                for kernel_rows, patches in _PatchRows.patches(rows, g, h, ctx.size[2]):
+                    block = target[h, : g.outputs[1], kernel_rows].flatten(1, 3)
+                    block.baddbmm_(patches.transpose(1, 2), grad[h], beta=beta, alpha=alpha)
+
+        grad_bias = None
+        if bias is not None and (ctx.fused_step is not None or ctx.needs_input_grad[2]):
+            total = grad.sum(2).permute(2, 0, 1)[None]  # (1, C_out, rows, columns)
+            if ctx.fused_step is not None:
+                bias[:, :, : g.outputs[0], : g.outputs[1]].sub_(total, alpha=ctx.fused_step)
+            else:
+                grad_bias = torch.zeros_like(bias)
+                grad_bias[:, :, : g.outputs[0], : g.outputs[1]] = total
+        return grad_x, grad_weight, grad_bias, None, None
+
+    @staticmethod
+    def grad_input(grad: Tensor, filters: Tensor, g: Geometry, size: torch.Size) -> Tensor:
+        """The gradient for the input (N, C_in, H, W): one product per output row and tap, all its columns at once."""
+        n, channels, height, width = size
+        grad_x = grad.new_zeros(n, height, width, channels)
+        for h in range(g.outputs[0]):
+            for i in range(g.kernel[0]):
+                y = h * g.stride[0] + i * g.dilation[0] - g.padding[0]
+                if not 0 <= y < height:
+                    continue
+                for j in range(g.kernel[1]):
+                    shift = j * g.dilation[1] - g.padding[1]  # output column w reads input column w * stride + shift
+                    first = max(0, -(shift // g.stride[1]))
+                    last = min(g.outputs[1], (width - 1 - shift) // g.stride[1] + 1)
+                    if first < last:
+                        columns = slice(first * g.stride[1] + shift, (last - 1) * g.stride[1] + shift + 1, g.stride[1])
+                        target = grad_x[:, y, columns].transpose(0, 1)  # (columns, N, C_in)
+                        target.baddbmm_(grad[h, first:last], filters[h, first:last, i, j].transpose(1, 2))
+        return grad_x.permute(0, 3, 1, 2)

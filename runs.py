@@ -1,0 +1,334 @@
+"""What a run is on disk: its settings and name, its files, locks and exit statuses. README.md describes every file.
+
+Imports no torch, so that scripts answer `--help`, mistakes and signals before torch has loaded.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+# Exit statuses of every script.
+COMPLETE = 0
+ENVIRONMENT = 1  # the environment failed: disk, lock, memory
+BAD_INPUT = 2
+DIVERGED = 3  # a network's loss is no longer finite; everything else is complete
+SAVED = 75  # stopped by SIGUSR1, saved and to be continued; 130 after SIGINT and 143 after SIGTERM
+
+CNN = "skinnyprime"  # names of the files of the tied network and
+ELCN = "skinnyprime_lc_version"  # of the untied ones
+HISTORY, LATEST = "evaluation-history.hist", "latest.pyT"
+ELCN_EVALUATIONS = 20
+
+
+class Stop(Exception):
+    """Ends a script with one line on stderr and an exit status."""
+
+    def __init__(self, message: str, status: int = BAD_INPUT):
+        super().__init__(message)
+        self.status = status
+
+
+class Interrupted(Exception):
+    """A signal asked the script to save and stop."""
+
+
+class Interrupt:
+    """Notes SIGINT, SIGTERM and SIGUSR1 from its making on; `check` raises once one has come."""
+
+    STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: SAVED}
+
+    def __init__(self):
+        self.signum: signal.Signals | None = None
+        for signum in self.STATUS:
+            signal.signal(signum, self._note)
+
+    def _note(self, signum: int, _) -> None:
+        self.signum = self.signum or signal.Signals(signum)
+
+    @property
+    def status(self) -> int:
+        return self.STATUS[self.signum]
+
+    def check(self) -> None:
+        if self.signum is not None:
+            raise Interrupted
+
+
+def log_spaced_epochs(n: int, count: int) -> list[int]:
+    """At most `count` log-spaced epochs from 1 to `n`, the last included unless count is 1."""
+    # Without the tiny addition, rounding drops epoch n for n = 30, 40, 50, 80, ...
+    return [int(e) for e in np.unique((np.logspace(0, np.log10(n), count) + 1e-9).astype(int))]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run's results; with the data's SHA-256 its identity. Learning rates are those of plain SGD."""
+
+    epochs: int = 150
+    n_splits: int = 20
+    cnn_lr: float = 0.05
+    lc_lr: float = 0.01
+    splits: tuple[int, ...] = ()  # explicit split epochs, in place of n_splits
+    lc_epochs: int = 0  # 0: as many as epochs
+    dataset: str = "cifar10"  # the name, or an .npz file's stem
+    data_size: int = 0  # 0: all training images
+    batch_size: int = 250
+    seed: int = 0
+    shuffle: bool = False
+    precision: str = "float32"
+
+    def __post_init__(self):
+        """Raises Stop where a value makes no sense."""
+        for name, low, high in (("epochs", 1, 10**5), ("n_splits", 1, 10**4), ("lc_epochs", 0, 10**5),
+                                ("data_size", 0, 10**9), ("batch_size", 1, 10**6), ("seed", 0, 2**32 - 1)):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise Stop(f"--{name} {getattr(self, name)}: has to be between {low} and {high}")
+        for name in ("cnn_lr", "lc_lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise Stop(f"--{name} {getattr(self, name)}: has to be a positive finite number")
+        if self.splits and not 0 <= min(self.splits) <= max(self.splits) <= self.epochs:
+            raise Stop(f"--splits {' '.join(map(str, self.splits))}: have to lie between 0 and --epochs {self.epochs}")
+        set_ = object.__setattr__  # one spelling for settings that mean the same
+        set_(self, "splits", tuple(sorted(set(self.splits))))
+        set_(self, "lc_epochs", 0 if self.lc_epochs == self.epochs else self.lc_epochs)
+        set_(self, "n_splits", Settings.n_splits if self.splits else self.n_splits)
+
+    @property
+    def split_epochs(self) -> list[int]:
+        """The CNN's epochs at which it is untied."""
+        return list(self.splits) or log_spaced_epochs(self.epochs, self.n_splits)
+
+    @property
+    def elcn_epochs(self) -> int:
+        return self.lc_epochs or self.epochs
+
+    @property
+    def elcn_evaluations(self) -> list[int]:
+        """An eLCN's own epochs at which it is evaluated and checkpointed."""
+        return [0, *log_spaced_epochs(self.elcn_epochs, ELCN_EVALUATIONS)]
+
+    @property
+    def run_name(self) -> str:
+        parts = {"epochs": self.epochs, "n_splits": self.n_splits, "cnn_lr": self.cnn_lr, "lc_lr": self.lc_lr}
+        if self.splits:
+            del parts["n_splits"]
+            parts["splits"] = "+".join(map(str, self.splits))
+        for name in ("lc_epochs", "dataset", "data_size", "batch_size", "seed", "shuffle", "precision"):
+            if getattr(self, name) != getattr(Settings, name):
+                parts[name] = getattr(self, name)
+        return "-".join(name if value is True else f"{name}={value}" for name, value in parts.items())
+
+    @classmethod
+    def of_run(cls, run: Path) -> tuple["Settings", dict]:
+        """The settings and the whole config of a run; raises Stop if `run` is not one."""
+        path = run / "config.json"
+        try:
+            config = json.loads(path.read_text())
+            settings = dict(config["settings"])
+            settings["splits"] = tuple(settings["splits"])
+            if any(type(value) is not type(getattr(cls, name)) for name, value in settings.items()):
+                raise TypeError("a setting has the wrong type")
+            return cls(**settings), config
+        except FileNotFoundError:
+            raise Stop(f"{run} is not a run of experiments.py: it has no config.json") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Stop(
+                f"{path} is damaged or not of a run ({error}); move it away, then repeat the run's command"
+            ) from None
+
+
+def network_directory(run: Path, split: int | None) -> Path:
+    """Where the files of the CNN (split None) or of the eLCN untied at epoch `split` lie."""
+    return run if split is None else run / f"{ELCN}_{split}"
+
+
+def checkpoint_path(run: Path, split: int | None, epoch: int) -> Path:
+    return network_directory(run, split) / f"{CNN if split is None else ELCN}_{epoch}.pyT"
+
+
+def label(split: int | None) -> str:
+    """A network's name for people and in status.json."""
+    return "CNN" if split is None else f"eLCN from {split}"
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that at every moment the old file or the new one is there, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")  # its directory's lock keeps others from the same name
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Rename a damaged file to the first free name FILE.damaged, FILE.damaged-2, ... and say so."""
+    n, aside = 1, path.with_name(f"{path.name}.damaged")
+    while aside.exists():
+        n, aside = n + 1, path.with_name(f"{path.name}.damaged-{n + 1}")
+    path.rename(aside)
+    print(f"warning: {path} is damaged ({reason}); it is now {aside.name}", file=sys.stderr)
+
+
+class Lock:
+    """A directory's lock, held by the kernel (fcntl): it ends with its holder, and works between hosts over NFS.
+
+    Raises Stop (ENVIRONMENT) if another process holds it, unless `wait`. The file names the holder for people.
+    """
+
+    def __init__(self, directory: Path, name: str = ".lock", wait: bool = False):
+        self.path = directory / name
+        self.file = open(self.path, "a+")  # noqa: SIM115 - open for as long as the lock is held
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):
+            self.file.seek(0)
+            holder = self.file.read().strip()
+            self.file.close()
+            raise Stop(f"{directory} is in use by {holder}; wait for it, or stop it first", ENVIRONMENT) from None
+        except OSError as error:
+            self.file.close()
+            raise Stop(f"{self.path} cannot be locked: {error}; use a file system with locks", ENVIRONMENT) from None
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+
+def lock_network(directory: Path) -> Lock:
+    """Make a network's directory, lock it, and clear away what a killed process left half-written there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = Lock(directory)
+    for leftover in directory.glob(".*.tmp"):
+        if leftover.name != ".status.json.tmp":  # status.json has a lock of its own
+            leftover.unlink(missing_ok=True)
+    return lock
+
+
+def read_status(run: Path) -> dict:
+    """status.json: {"networks": {label: {...}}, "sessions": [...]}; what is missing or damaged reads as empty."""
+    try:
+        status = json.loads((run / "status.json").read_text())
+        assert isinstance(status["networks"], dict) and isinstance(status["sessions"], list)
+        return status
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        return {"networks": {}, "sessions": []}
+
+
+def update_status(run: Path, change: Callable[[dict], object]) -> None:
+    """Apply `change` to status.json; processes that train other networks of the run do the same meanwhile."""
+    with Lock(run, ".status.lock", wait=True):
+        status = read_status(run)
+        change(status)
+        write_file(run / "status.json", (json.dumps(status, indent=1) + "\n").encode())
+
+
+def network_status(run: Path, split: int | None, **values) -> None:
+    """Note values of one network in status.json."""
+    update_status(run, lambda status: status["networks"].setdefault(label(split), {}).update(values))
+
+
+def begin_session(run: Path, device: str) -> None:
+    """Note in status.json that this process starts to work on the run."""
+    session = {
+        "started": datetime.now().isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "device": device,
+        "command": sys.argv,
+    }
+    update_status(run, lambda status: status["sessions"].append(session))
+
+
+def environment(device: str, threads: int) -> dict:
+    """What is recorded of the machine and the software; a change of it in a run is a warning."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"device": device, "threads": threads, "versions": versions, "git_commit": commit or "unknown"}
+
+
+def write_config(run: Path, settings: Settings, sha256: str, dataset_file: str | None, environment: dict) -> None:
+    """Write a new run's config.json, or compare with the one that is there.
+
+    Raises Stop with the differences if the run's identity is another; other versions, device, threads or commit
+    are a warning. Where an .npz file lies is neither.
+    """
+    new = {"settings": dataclasses.asdict(settings), "data_sha256": sha256, "dataset_file": dataset_file, **environment}
+    new = json.loads(json.dumps(new))
+    path = run / "config.json"
+    try:
+        _, old = Settings.of_run(run)
+    except Stop as stop:
+        if path.exists():
+            set_aside(path, str(stop))
+        write_file(path, (json.dumps(new, indent=1) + "\n").encode())
+        return
+    identity = [{**config["settings"], "data_sha256": config.get("data_sha256")} for config in (old, new)]
+    differences = [
+        f"{k} {identity[0][k]} there, {identity[1][k]} here" for k in identity[0] if identity[0][k] != identity[1][k]
+    ]
+    if differences:
+        raise Stop(
+            f"{run} is another run: {'; '.join(differences)}; use another --results_dir, or --fresh to delete it"
+        )
+    for key in environment:
+        if old.get(key) != new[key]:
+            print(f"warning: {run.name} was begun with {key} {old.get(key)}, now {new[key]}", file=sys.stderr)
+
+
+def finish(main: Callable[[list[str], Interrupt], int], argv: list[str], interrupt: Interrupt) -> None:
+    """Run a script's `main` and exit with its status; every expected failure becomes one line on stderr."""
+    try:
+        sys.exit(main(argv[1:], interrupt))
+    except Stop as stop:
+        message, status = str(stop), stop.status
+    except Interrupted:
+        command = shlex.join(["python", *(word for word in argv if word != "--fresh")])
+        message, status = f"{interrupt.signum.name}: saved; continue with: {command}", interrupt.status
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        message, status = f"{name}{error.strerror or error}; what was saved before is intact", ENVIRONMENT
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise  # a mistake in the code, whose traceback is wanted
+        message, status = "out of memory; lower --batch_size or --data_size", ENVIRONMENT
+    print(f"{Path(argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
