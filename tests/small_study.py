@@ -1,0 +1,42 @@
+"""experiments.py and convert.py with a CNN small enough for tests: `python small_study.py experiments.py --epochs 2 ...`.
+
+Everything but the network is the real thing, signals from the first moment on included.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runs import Interrupt, finish
+
+if __name__ == "__main__":
+    INTERRUPT = Interrupt()
+
+from torch import nn
+
+import convert
+import experiments
+from models import ConvNet
+
+
+def small_cnn(num_classes: int = 10) -> ConvNet:
+    """Padding, stride, unread rows and two convolutions, as in skinnyprime, with 1,000 times less arithmetic."""
+    return ConvNet(
+        nn.ZeroPad2d(1), nn.Conv2d(3, 4, 4, stride=4), nn.ReLU(), nn.MaxPool2d(3, 2),  # 4 x 8 x 8, then 3 x 3
+        nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(3, 2),  # 4 x 3 x 3, then 1 x 1
+        nn.Flatten(), nn.Linear(4, num_classes),
+    )  # fmt: skip
+
+
+SCRIPTS = {"experiments.py": experiments.main, "convert.py": convert.main}
+
+
+def run(script: str, *arguments: object) -> int:
+    """One script in this process, with the small CNN; returns its exit status or raises runs.Stop."""
+    return SCRIPTS[script]([str(a) for a in arguments], Interrupt(), small_cnn)
+
+
+if __name__ == "__main__":
+    main = SCRIPTS[sys.argv[1]]
+    finish(lambda argv, interrupt: main(argv, interrupt, small_cnn), sys.argv[1:], INTERRUPT)
