@@ -1,6 +1,7 @@
 """Checkpoints and histories: written whole, read with suspicion, and enough to continue a network from."""
 
 import io
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,32 +24,24 @@ def save(content: dict, path: Path) -> None:
     write_file(path, buffer.getvalue())
 
 
-def verify(path: Path) -> None:
-    """Raises Damaged unless the CRC-32 of everything in the file is right, which torch itself does not check."""
-    try:
-        if zipfile.is_zipfile(path):  # the legacy format, before torch 1.6, is not a zip and has no checksum
-            with zipfile.ZipFile(path) as file:
-                if bad := file.testzip():
-                    raise Damaged(f"wrong checksum in {bad}")
-        else:
-            torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Damaged:
-        raise
-    except Exception as error:  # a hostile file can raise anything here
-        raise Damaged(f"{type(error).__name__} while reading it") from None
-
-
 def load(path: Path) -> dict:
     """A .pyT or .hist file's dict, of this repository or of the released code.
 
     Raises Damaged for a file that is truncated, altered, holds anything that would run code, or is no such dict.
     """
-    verify(path)
+    file = io.BytesIO(path.read_bytes())  # what fails here is the disk; what fails below is the file
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        if zipfile.is_zipfile(file):  # the legacy format, before torch 1.6, is not a zip and has no checksum
+            with zipfile.ZipFile(file) as parts:
+                if bad := parts.testzip():  # torch itself does not look at the CRC-32
+                    raise Damaged(f"wrong checksum in {bad}")
+        file.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said in one line, below
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Damaged:
+        raise
+    except Exception as error:  # a hostile file can raise anything
         reason = "it holds more than tensors and numbers" if "eights only" in str(error) else type(error).__name__
         raise Damaged(reason) from None
     if not isinstance(content, dict):
@@ -57,9 +50,13 @@ def load(path: Path) -> dict:
 
 
 def load_weights(model: nn.Module, checkpoint: dict) -> None:
-    """Put a loaded checkpoint's weights into `model`; raises Damaged if they do not fit it."""
+    """Put a loaded checkpoint's weights into `model`; raises Damaged, and changes nothing, if they do not fit it."""
     try:
-        model.load_state_dict(checkpoint["weights"])
+        weights, own = checkpoint["weights"], model.state_dict()
+        wrong = [key for key in {**own, **weights} if weights[key].shape != own[key].shape]
+        if wrong:
+            raise Damaged(f"its weights do not fit the network: shape of {wrong[0]}")
+        model.load_state_dict(weights)
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise Damaged(f"its weights do not fit the network: {' '.join(str(error).split())[:200]}") from None
 
@@ -98,6 +95,7 @@ class Track:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the next epoch
     history: dict[str, list] = field(default_factory=dict)
+    on_disk: tuple[int, int] = (0, 0)  # the epoch and step of the last state that was written or read
 
     def __post_init__(self):
         self.directory = network_directory(self.run, self.split)
@@ -121,10 +119,11 @@ class Track:
             "epoch": self.epoch, "step": self.step, "history": self.history,
         }  # fmt: skip
         save(state, path)
+        self.on_disk = (self.epoch, self.step)
 
     def save_latest(self) -> None:
-        """Save the unfinished network as it stands; before its first evaluation there is nothing to lose."""
-        if self.history:
+        """Save the unfinished network, unless it is on disk as it stands or has not been evaluated yet."""
+        if self.history and self.on_disk != (self.epoch, self.step):
             self._write(self.directory / LATEST)
 
     def discard_latest(self) -> None:
@@ -148,27 +147,23 @@ class Track:
     def restore(self) -> None:
         """Continue from the last good state on disk, if there is any; damaged files are set aside.
 
-        Checkpoints after a damaged one are written anew, so that the end is that of an undisturbed run.
+        What comes after a damaged or missing checkpoint is made anew, so that the end is that of an undisturbed run.
         """
-        states = []
-        for epoch in self.evaluations:
-            if self.path(epoch).exists():
-                try:
-                    verify(self.path(epoch))
-                except Damaged as damage:
-                    set_aside(self.path(epoch), str(damage))
-                    self.discard_latest()
+        there = [e for e in self.evaluations if self.path(e).exists()]
+        for epoch in self.evaluations[: self.evaluations.index(there[-1]) + 1] if there else []:
+            path = self.path(epoch)
+            if not self._take_over(path) and self.keep == "all":
+                kept_last = self.split is not None and epoch < there[0]  # before this call, only the last was kept
+                if not kept_last or path.with_name(f"{path.name}.damaged").exists():
                     break
-                states.append(self.path(epoch))
-        while states and not self._take_over(states[-1]):
-            states.pop()
-        self._take_over(self.directory / LATEST)
+        if not self._take_over(self.directory / LATEST):
+            self.discard_latest()
         if self.history:
             self._restore_history()
             self._tidy()
 
     def _take_over(self, path: Path) -> bool:
-        """Continue from the state in `path` if it is further than this; set the file aside if it is no good."""
+        """Continue from the state in `path`; False if it is missing, behind, or no good and so set aside."""
         if not path.exists():
             return False
         try:
@@ -180,13 +175,18 @@ class Track:
             due = [e for e in self.evaluations if e <= epoch]
             if evaluated not in (due, due[:-1]) or not set(KEYS) <= set(history):
                 raise Damaged("its history does not belong to this network")
-            if not self.history or (epoch, step) > (self.epoch, self.step):
-                load_weights(self.model, state)
-                self.epoch, self.step, self.history = epoch, step, history
-            return True
+            if path.name == LATEST:
+                follows = self.keep == "last" or evaluated == self.history.get("checkpoints")
+                if not follows or (epoch, step) < (self.epoch, self.step):
+                    return False
+            elif path != self.path(epoch) or evaluated != due:
+                raise Damaged("it is of another epoch")
+            load_weights(self.model, state)
         except Damaged as damage:
             set_aside(path, str(damage))
             return False
+        self.epoch, self.step, self.history, self.on_disk = epoch, step, history, (epoch, step)
+        return True
 
     def _restore_history(self) -> None:
         path = self.directory / HISTORY

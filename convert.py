@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runs import (
-    COMPLETE, DIVERGED, Interrupt, Settings, Stop, checkpoint_path, finish, label, lock_network, network_directory,
-    read_status,
+    COMPLETE, DIVERGED, Interrupt, Parser, Settings, Stop, checkpoint_path, finish, label, lock_network,
+    network_directory, read_status,
 )  # fmt: skip
 
 if __name__ == "__main__":
@@ -100,10 +100,11 @@ def convert_and_train(session: Session, split: int) -> bool:
 def convert_run(session: Session, splits: list[int]) -> int:
     """`convert_and_train` for several splits, one after another; returns the exit status.
 
-    Splits at or past an epoch in which the CNN diverged are skipped and listed.
+    Splits past an epoch in which the CNN diverged are skipped and listed.
     """
-    diverged_at = read_status(session.run)["networks"].get(label(None), {}).get("diverged_at", float("inf"))
-    skipped = [split for split in splits if split >= diverged_at]
+    diverged_at = read_status(session.run)["networks"].get(label(None), {}).get("diverged_at")
+    lacking = [split for split in splits if not checkpoint_path(session.run, None, split).exists()]
+    skipped = [] if diverged_at is None else lacking
     finite = [convert_and_train(session, split) for split in splits if split not in skipped]
     if skipped:
         print(f"skipped, as the CNN diverged in epoch {diverged_at}: splits {' '.join(map(str, skipped))}")
@@ -126,7 +127,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Module] = skinnyprime) -> int:
     """Convert and train as the command line `argv` says; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a directory that experiments.py made")
     parser.add_argument(
         "--split", type=int, nargs="+", metavar="EPOCH", help="split epochs (default: all of the run's)"
@@ -139,7 +140,8 @@ def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Mod
         raise Stop(f"--split {unknown[0]}: the run's splits are {' '.join(map(str, settings.split_epochs))}")
     device = pick_device(args.device)
     dataset = config.get("dataset_file") or settings.dataset
-    data = load_data(dataset, args.data_dir, settings.data_size, device)
+    with interrupt.at_once():
+        data = load_data(dataset, args.data_dir, settings.data_size, device)
     session = Session(args.run, settings, data, device, interrupt, args.keep, make_cnn)
     session.begin(config.get("dataset_file"))
     return convert_run(session, splits)

@@ -1,6 +1,7 @@
 """The images: CIFAR-10, an .npz file of one's own, or the embedded synthetic set; on the device once, as tensors."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,13 +79,13 @@ def cifar10(data_dir: Path, _: str) -> dict[str, np.ndarray]:
 
 def npz(data_dir: Path, dataset: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz file: x_* uint8 (N, 32, 32, 3), y_* integers 0 .. c-1; looked for in `data_dir` too."""
-    path = next((p for p in (Path(dataset), data_dir / Path(dataset).name) if p.is_file()), None)
+    path = next((p for p in (Path(dataset), data_dir / Path(dataset).name) if os.path.isfile(p)), None)
     if path is None or path.suffix != ".npz":
         raise Stop(f"--dataset {dataset}: neither cifar10 nor synthetic, nor an .npz file that exists")
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in ARRAYS if name not in file]
-            arrays = {} if missing else {name: file[name] for name in ARRAYS}
+            arrays = {} if missing else {name: np.asarray(file[name]) for name in ARRAYS}
     except Exception as error:  # truncated, no zip, objects, impossible sizes: numpy raises many kinds
         raise Stop(f"{path} cannot be read ({_line(error)}); it has to be a plain numpy.savez file") from None
     if missing:
@@ -93,7 +94,7 @@ def npz(data_dir: Path, dataset: str) -> dict[str, np.ndarray]:
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or not len(x):
             raise Stop(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N at least 1")
-        if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
+        if y.dtype.kind not in "iu" or y.shape != (len(x),):
             raise Stop(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be integers ({len(x)},), one per image")
     classes = np.unique(arrays["y_train"])
     if len(classes) < 3 or classes[0] != 0 or classes[-1] != len(classes) - 1:

@@ -12,11 +12,11 @@ import contextlib
 import errno
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runs import (
-    BAD_INPUT, COMPLETE, DIVERGED, ELCN, ENVIRONMENT, Interrupt, Lock, Settings, Stop, finish, lock_network,
+    BAD_INPUT, COMPLETE, DIVERGED, ELCN, ENVIRONMENT, Interrupt, Lock, Parser, Settings, Stop, finish, lock_network,
 )  # fmt: skip
 
 if __name__ == "__main__":
@@ -35,7 +35,7 @@ from train import Session, pick_device, set_precision, train
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     """The command line; raises Stop, or exits with status 2, where it makes no sense."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
 
     def flag(name: str, help: str, *spellings: str, **kwargs) -> None:
         default = getattr(Settings, name) or None if name == "splits" else getattr(Settings, name)
@@ -73,7 +73,7 @@ def disk_space(run: Path, settings: Settings, splits: list[int], keep: str, make
     sizes = [4 * sum(p.numel() for p in net.parameters()) + 50_000 for net in (cnn, untie(cnn.net, (3, 32, 32)))]
     checkpoints = len(settings.elcn_evaluations) if keep == "all" else 1
     total = (settings.epochs + 2) * sizes[0] + (len(splits) * checkpoints + bool(splits)) * sizes[1]  # and latest
-    there = sum(p.stat().st_size for p in run.rglob("*") if p.is_file())
+    there = sum(size for _, _, size in files_of(run))
     nearest = next(p for p in run.absolute().parents if p.exists())
     return max(0, total - there), shutil.disk_usage(nearest).free
 
@@ -97,27 +97,47 @@ def print_cost(net: nn.Sequential, images: int) -> None:
     print(f"training on the CPU: {flop / 1e15:.2g} PFLOP, at 100 GFLOP/s {hours:.1f} hours, and the evaluations")
 
 
-def open_run(run: Path, fresh: bool) -> Lock:
-    """Make the run's directory, or find it, and lock the CNN; raises Stop if it is no run or cannot be written."""
-    there = [p for p in run.glob("*") if not p.name.startswith(".")] if run.is_dir() else []
-    if there and not any(p.name.startswith("config.json") for p in there):
-        raise Stop(f"{run} is there but is no run of experiments.py; move it away, or name another --results_dir")
+def files_of(run: Path) -> list[tuple[Path, int, int]]:
+    """(path, time of change, bytes) of a run's files but for the locks; others may be at work in the run meanwhile."""
+    files = []
+    for path in run.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and not path.name.endswith(".lock"):
+                files.append((path, path.stat().st_mtime_ns, path.stat().st_size))
+    return files
+
+
+@contextlib.contextmanager
+def writable(run: Path) -> Iterator[None]:
+    """A directory that cannot be made or written is bad input, unless its disk is full."""
     try:
-        lock = lock_network(run)
+        yield
     except OSError as error:
         status = ENVIRONMENT if error.errno in (errno.ENOSPC, errno.EDQUOT) else BAD_INPUT
         raise Stop(f"{run} cannot be written ({error.strerror}); name another --results_dir", status) from None
+
+
+def open_run(run: Path, fresh: bool) -> Lock:
+    """Make the run's directory, or find it, and lock the CNN; raises Stop if it is no run or cannot be written."""
+    there = [path.name for path, _, _ in files_of(run) if not path.name.startswith(".")]
+    if there and not any(name.startswith("config.json") for name in there):
+        raise Stop(f"{run} is there but is no run of experiments.py; move it away, or name another --results_dir")
+    lock = lock_network(run)
     if fresh and there:
-        with contextlib.ExitStack() as locks:  # nobody may be at work there
-            for directory in run.glob(f"{ELCN}_*/"):
-                locks.enter_context(lock_network(directory))
-            files = [p for p in run.rglob("*") if p.is_file()]
-            print(
-                f"--fresh: deleting {len(files)} files, {sum(p.stat().st_size for p in files) / 1e9:.2f} GB, in {run}"
-            )
-            for path in there:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        delete(run)
     return lock
+
+
+def delete(run: Path) -> None:
+    """Delete a run's files, the newest first: if that is cut short, what remains is the run at an earlier time."""
+    with contextlib.ExitStack() as locks:  # nobody may be at work there
+        for directory in run.glob(f"{ELCN}_*"):
+            locks.enter_context(lock_network(directory))
+        files = sorted(files_of(run), key=lambda file: (file[0].name == "config.json", -file[1]))
+        size = sum(size for _, _, size in files) / 1e9
+        print(f"--fresh: deleting {len(files)} files, {size:.2f} GB, in {run}", flush=True)
+        for path, _, _ in files:
+            path.unlink()
 
 
 def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Module] = skinnyprime) -> int:
@@ -128,8 +148,13 @@ def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Mod
     args, settings = parse(argv)
     run = args.results_dir / settings.run_name
     splits = [] if args.cnn_only else settings.split_epochs
-    needed, free = disk_space(run, settings, splits, args.keep, make_cnn)
+    with writable(run):
+        needed, free = disk_space(run, settings, splits, args.keep, make_cnn)
     if args.exec == 0:
+        if args.dataset != "cifar10":  # whose download a plan is not worth
+            load_data(args.dataset, args.data_dir, settings.data_size, torch.device("cpu"))
+        elif settings.data_size > 50_000:
+            raise Stop(f"--data_size {settings.data_size}: there are only 50000 training images; use 0 for all")
         print_plan(run, settings, splits, args.dataset, needed, free)
         return COMPLETE
     if needed > free:
@@ -138,9 +163,11 @@ def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Mod
             "use --keep last, or name another --results_dir", ENVIRONMENT,
         )  # fmt: skip
     device = pick_device(args.device)
-    data = load_data(args.dataset, args.data_dir, settings.data_size, device)
-    interrupt.check()
-    with open_run(run, args.fresh):
+    with interrupt.at_once():
+        data = load_data(args.dataset, args.data_dir, settings.data_size, device)
+    with writable(run):
+        lock = open_run(run, args.fresh)
+    with lock:
         session = Session(run, settings, data, device, interrupt, args.keep, make_cnn)
         session.begin(str(Path(args.dataset).absolute()) if args.dataset.endswith(".npz") else None)
         print(f"run: {run}")

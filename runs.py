@@ -1,25 +1,27 @@
 """What a run is on disk: its settings and name, its files, locks and exit statuses. README.md describes every file.
 
-Imports no torch, so that scripts answer `--help`, mistakes and signals before torch has loaded.
+Imports neither torch nor numpy at its top, so that scripts note signals before these have loaded.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import numpy as np
 
 # Exit statuses of every script.
 COMPLETE = 0
@@ -42,7 +44,7 @@ class Stop(Exception):
         self.status = status
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A signal asked the script to save and stop."""
 
 
@@ -53,11 +55,24 @@ class Interrupt:
 
     def __init__(self):
         self.signum: signal.Signals | None = None
+        self._at_once = False
         for signum in self.STATUS:
             signal.signal(signum, self._note)
 
     def _note(self, signum: int, _) -> None:
         self.signum = self.signum or signal.Signals(signum)
+        if self._at_once:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For what takes long and leaves nothing to save, such as a download: a signal raises wherever it comes."""
+        try:
+            self._at_once = True
+            self.check()
+            yield
+        finally:
+            self._at_once = False
 
     @property
     def status(self) -> int:
@@ -68,8 +83,28 @@ class Interrupt:
             raise Interrupted
 
 
+class Parser(argparse.ArgumentParser):
+    """The command line; a mistake in it is a Stop, and flags have to be written out, `--fresh` above all."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        args = super().parse_args(argv)
+        if [] in vars(args).values():  # what argparse makes of --flag=--
+            self.error("a flag has no value")
+        return args
+
+    def error(self, message: str) -> None:
+        raise Stop(f"{message}; see --help")
+
+
 def log_spaced_epochs(n: int, count: int) -> list[int]:
     """At most `count` log-spaced epochs from 1 to `n`, the last included unless count is 1."""
+    import numpy as np
+
     # Without the tiny addition, rounding drops epoch n for n = 30, 40, 50, 80, ...
     return [int(e) for e in np.unique((np.logspace(0, np.log10(n), count) + 1e-9).astype(int))]
 
@@ -98,8 +133,8 @@ class Settings:
             if not low <= getattr(self, name) <= high:
                 raise Stop(f"--{name} {getattr(self, name)}: has to be between {low} and {high}")
         for name in ("cnn_lr", "lc_lr"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise Stop(f"--{name} {getattr(self, name)}: has to be a positive finite number")
+            if not 0 < getattr(self, name) <= 1e38:
+                raise Stop(f"--{name} {getattr(self, name)}: has to be positive and at most 1e38, as in float32")
         if self.splits and not 0 <= min(self.splits) <= max(self.splits) <= self.epochs:
             raise Stop(f"--splits {' '.join(map(str, self.splits))}: have to lie between 0 and --epochs {self.epochs}")
         set_ = object.__setattr__  # one spelling for settings that mean the same
@@ -135,20 +170,35 @@ class Settings:
     @classmethod
     def of_run(cls, run: Path) -> tuple["Settings", dict]:
         """The settings and the whole config of a run; raises Stop if `run` is not one."""
-        path = run / "config.json"
+        try:
+            return cls._read(run / "config.json")
+        except (FileNotFoundError, NotADirectoryError):
+            raise Stop(f"{run} is not a run of experiments.py: it has no config.json") from None
+        except (OSError, ValueError) as error:
+            raise Stop(f"{run / 'config.json'} is damaged ({error}); repeat the run's experiments.py command") from None
+
+    @classmethod
+    def _read(cls, path: Path) -> tuple["Settings", dict]:
+        """Raises OSError or ValueError."""
         try:
             config = json.loads(path.read_text())
+            if config.pop("crc32", _crc32(config)) != _crc32(config):
+                raise ValueError("wrong checksum")
             settings = dict(config["settings"])
             settings["splits"] = tuple(settings["splits"])
-            if any(type(value) is not type(getattr(cls, name)) for name, value in settings.items()):
-                raise TypeError("a setting has the wrong type")
+            right = all(type(value) is type(getattr(cls, name)) for name, value in settings.items())
+            if not right or not all(type(split) is int for split in settings["splits"]):
+                raise ValueError("a setting has the wrong type")
+            if not isinstance(config.get("dataset_file"), str | None):
+                raise ValueError("dataset_file is no path")
             return cls(**settings), config
-        except FileNotFoundError:
-            raise Stop(f"{run} is not a run of experiments.py: it has no config.json") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise Stop(
-                f"{path} is damaged or not of a run ({error}); move it away, then repeat the run's command"
-            ) from None
+        except (KeyError, TypeError, AttributeError, RecursionError, Stop) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _crc32(config: dict) -> int:
+    """The checksum in config.json of the rest of it."""
+    return zlib.crc32(json.dumps({k: v for k, v in config.items() if k != "crc32"}, sort_keys=True).encode())
 
 
 def network_directory(run: Path, split: int | None) -> Path:
@@ -174,8 +224,10 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # for the line that `finish` prints
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -206,7 +258,7 @@ class Lock:
             fcntl.lockf(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError):
             self.file.seek(0)
-            holder = self.file.read().strip()
+            holder = self.file.read().strip() or "another process"
             self.file.close()
             raise Stop(f"{directory} is in use by {holder}; wait for it, or stop it first", ENVIRONMENT) from None
         except OSError as error:
@@ -237,18 +289,22 @@ def read_status(run: Path) -> dict:
     """status.json: {"networks": {label: {...}}, "sessions": [...]}; what is missing or damaged reads as empty."""
     try:
         status = json.loads((run / "status.json").read_text())
-        assert isinstance(status["networks"], dict) and isinstance(status["sessions"], list)
-        return status
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
-        return {"networks": {}, "sessions": []}
+        if isinstance(status["sessions"], list) and all(isinstance(n, dict) for n in status["networks"].values()):
+            return status
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    return {"networks": {}, "sessions": []}
 
 
 def update_status(run: Path, change: Callable[[dict], object]) -> None:
     """Apply `change` to status.json; processes that train other networks of the run do the same meanwhile."""
+    path = run / "status.json"
     with Lock(run, ".status.lock", wait=True):
         status = read_status(run)
+        if not status["sessions"] and path.exists():
+            set_aside(path, "it is not what begin_session and network_status write")
         change(status)
-        write_file(run / "status.json", (json.dumps(status, indent=1) + "\n").encode())
+        write_file(path, (json.dumps(status, indent=1) + "\n").encode())
 
 
 def network_status(run: Path, split: int | None, **values) -> None:
@@ -292,22 +348,20 @@ def write_config(run: Path, settings: Settings, sha256: str, dataset_file: str |
     are a warning. Where an .npz file lies is neither.
     """
     new = {"settings": dataclasses.asdict(settings), "data_sha256": sha256, "dataset_file": dataset_file, **environment}
-    new = json.loads(json.dumps(new))
     path = run / "config.json"
     try:
-        _, old = Settings.of_run(run)
-    except Stop as stop:
+        old_settings, old = Settings._read(path)
+    except (OSError, ValueError) as error:
         if path.exists():
-            set_aside(path, str(stop))
-        write_file(path, (json.dumps(new, indent=1) + "\n").encode())
+            set_aside(path, str(error))
+        write_file(path, (json.dumps({**new, "crc32": _crc32(new)}, indent=1) + "\n").encode())
         return
-    identity = [{**config["settings"], "data_sha256": config.get("data_sha256")} for config in (old, new)]
-    differences = [
-        f"{k} {identity[0][k]} there, {identity[1][k]} here" for k in identity[0] if identity[0][k] != identity[1][k]
-    ]
-    if differences:
+    there = {**dataclasses.asdict(old_settings), "data_sha256": old.get("data_sha256")}
+    here = {**new["settings"], "data_sha256": sha256}
+    if differences := [f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]:
         raise Stop(
-            f"{run} is another run: {'; '.join(differences)}; use another --results_dir, or --fresh to delete it"
+            f"{run} is another run: {'; '.join(differences)}; give the same data and settings, or use another "
+            "--results_dir, or --fresh to delete it"
         )
     for key in environment:
         if old.get(key) != new[key]:
@@ -316,8 +370,12 @@ def write_config(run: Path, settings: Settings, sha256: str, dataset_file: str |
 
 def finish(main: Callable[[list[str], Interrupt], int], argv: list[str], interrupt: Interrupt) -> None:
     """Run a script's `main` and exit with its status; every expected failure becomes one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a file's name need not be valid text
+    message = ""
     try:
-        sys.exit(main(argv[1:], interrupt))
+        status = main(argv[1:], interrupt)
+        sys.stdout.flush()
     except Stop as stop:
         message, status = str(stop), stop.status
     except Interrupted:
@@ -327,8 +385,15 @@ def finish(main: Callable[[list[str], Interrupt], int], argv: list[str], interru
         name = f"{error.filename}: " if error.filename else ""
         message, status = f"{name}{error.strerror or error}; what was saved before is intact", ENVIRONMENT
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("DefaultCPUAllocator|out of memory", str(error)):
             raise  # a mistake in the code, whose traceback is wanted
         message, status = "out of memory; lower --batch_size or --data_size", ENVIRONMENT
-    print(f"{Path(argv[0]).name}: {message}", file=sys.stderr)
+    if message:
+        with contextlib.suppress(OSError):
+            print(f"{Path(argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the log's disk is full, or nobody reads it: the status has to come through all the same
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)

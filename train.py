@@ -79,7 +79,8 @@ def train(track: Track, session: Session) -> bool:
     """
     name = label(track.split)
     diverged = read_status(track.run)["networks"].get(name, {}).get("diverged_at")
-    if isinstance(diverged, int):
+    evaluated = track.history.get("checkpoints", [])
+    if type(diverged) is int and evaluated == [e for e in track.evaluations if e < diverged]:
         print(f"{name}: diverged in epoch {diverged}")
         return False
     if track.complete:

@@ -1,0 +1,30 @@
+# make demo, make test: on a fresh machine with Python 3.10 or newer, set-up included.
+PYTHON ?= python3
+BIN = .venv/bin
+DEMO = --dataset synthetic --epochs 12 --n_splits 3 --cnn_lr 0.05 --lc_lr 0.02 --batch_size 50
+
+.PHONY: demo test lint bench
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/python experiments.py $(DEMO) --results_dir demo --keep last --device cpu
+	$(BIN)/python plot.py demo/*/ --out demo/figure.png
+
+test: .venv/installed-dev lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/step.py
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	touch $@

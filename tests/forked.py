@@ -1,0 +1,214 @@
+"""Runs of the small study in processes of their own, which start in milliseconds and meet a fault at a set place.
+
+Importing torch takes seconds, so one process imports it and forks: every study is a real process with its own signals,
+locks and exit status. `python forked.py` is that process; it obeys lines of JSON on stdin.
+"""
+
+import builtins
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+LIMIT = 120  # seconds after which a study that hangs is killed
+
+
+class Study:
+    """A running study: experiments.py or convert.py with the small CNN."""
+
+    def __init__(self, server: "Server", pid: int, log: Path):
+        self.server, self.pid, self.log = server, pid, log
+
+    def wait(self) -> "Study":
+        """Wait for its end: exit status (or minus a signal's number) in `status`, its lines in `out` and `err`."""
+        timer = threading.Timer(LIMIT, os.kill, (self.pid, signal.SIGKILL))
+        timer.start()
+        self.status = self.server.ask({"wait": self.pid})
+        timer.cancel()
+        self.out, self.err = (self.log.with_suffix(end).read_text() for end in (".out", ".err"))
+        assert "Traceback" not in self.err, self.err
+        return self
+
+    def wait_until_stopped(self) -> None:
+        """Wait until a `stop` fault has stopped it."""
+        self.server.ask({"wait_stopped": self.pid})
+
+    def kill(self, signum: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.pid, signum)
+
+
+class Server:
+    """The process that forks the studies."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.count = directory, 0
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, request: dict) -> int:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, script: str, *arguments: object, **options: object) -> Study:
+        """Start a study. Options: `fault`, arguments of `Fault`; `save_every` seconds that latest.pyT is written;
+        `stdout`, a file for its output, in place of one that `wait` reads; `env`, environment variables to set."""
+        self.count += 1
+        log = self.directory / f"study{self.count}"
+        return Study(self, self.ask({"argv": [script, *map(str, arguments)], "log": str(log), **options}), log)
+
+    def run(self, script: str, *arguments: object, **options: object) -> Study:
+        """Start a study and wait for its end."""
+        return self.start(script, *arguments, **options).wait()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Fault:
+    """Does `action` at the `at`-th of the calls open, write (half of it is done), fsync, replace, rename, unlink, step.
+
+    action: "kill" (with -9), "stop" (until SIGCONT), "fill" (the disk that `filler` lies on), "oom" (a GPU's memory is
+    exhausted), or a signal's name. file: only calls on files with this in their path count; call: only this call
+    counts. `step`, a step of training, counts only if it is named.
+    """
+
+    def __init__(self, action: str, at: int, file: str = "", call: str = "", filler: str = ""):
+        self.action, self.left, self.file, self.call, self.filler = action, at, file, call, filler
+        import fast
+        import runs
+
+        runs.open = self.open
+        for where, name in ((os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "unlink")):
+            setattr(where, name, self.wrap(name, getattr(where, name)))
+        if call == "step":
+            fast.Step.__call__ = self.wrap("step", fast.Step.__call__)
+
+    def reached(self, call: str, file: object) -> None:
+        if isinstance(file, int):
+            file = os.readlink(f"/proc/self/fd/{file}")
+        if self.file not in str(file) or (self.call and self.call != call):
+            return
+        self.left -= 1
+        if self.left != 0:
+            return
+        if self.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.action == "fill":
+            fill(self.filler)
+        elif self.action == "oom":
+            import torch
+
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        else:
+            os.kill(os.getpid(), signal.Signals[self.action])
+
+    def wrap(self, name: str, function):
+        def faulty(path, *args, **kwargs):
+            self.reached(name, path)
+            return function(path, *args, **kwargs)
+
+        return faulty
+
+    def open(self, path, mode="r", **kwargs):
+        if mode != "wb":
+            return builtins.open(path, mode, **kwargs)
+        self.reached("open", path)
+        file, fault = builtins.open(path, mode, **kwargs), self  # noqa: SIM115 - Half closes it
+
+        class Half:
+            """`file`, whose write reaches the fault when half of the content is written."""
+
+            def write(self, content: bytes) -> None:
+                file.write(content[: len(content) // 2])
+                file.flush()
+                fault.reached("write", path)
+                file.write(content[len(content) // 2 :])
+
+            def __getattr__(self, name: str):
+                return getattr(file, name)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                file.close()
+
+        return Half()
+
+
+def fill(filler: str) -> None:
+    """Fill the disk that the file `filler` lies on to the last byte."""
+    with builtins.open(filler, "wb", buffering=0) as file:
+        for size in (2**16, 2**12, 1):
+            try:
+                while True:
+                    if file.write(bytes(size)) < size:
+                        break
+            except OSError:
+                continue
+
+
+def child(request: dict) -> None:
+    """Be a study."""
+    import runs
+    import small_study
+    import train
+
+    os.setsid()
+    os.environ.update(request.get("env", {}))
+    train.SAVE_EVERY = request.get("save_every", train.SAVE_EVERY)
+    streams = (request.get("stdout", request["log"] + ".out"), request["log"] + ".err")
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    builtins.open(request["log"] + ".out", "a").close()
+    interrupt = runs.Interrupt()
+    if "fault" in request:
+        Fault(**request["fault"])
+    main = small_study.SCRIPTS[request["argv"][0]]
+    runs.finish(lambda argv, interrupt: main(argv, interrupt, small_study.small_cnn), request["argv"], interrupt)
+
+
+def serve() -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    import torch
+
+    import small_study  # the seconds that every study is spared
+
+    torch.set_num_threads(1)  # a process that had several could not be forked
+    network = small_study.small_cnn()
+    network(torch.zeros(2, 3, 32, 32)).sum().backward()
+    torch.optim.SGD(network.parameters(), 0.1).step()  # the first use imports much of torch
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            reply = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        elif "wait_stopped" in request:
+            reply = os.waitpid(request["wait_stopped"], os.WUNTRACED)[1]
+        else:
+            reply = os.fork()
+            if reply == 0:
+                status = 70
+                try:
+                    child(request)
+                except SystemExit as exit:
+                    status = exit.code
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(status)
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    serve()
