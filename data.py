@@ -80,7 +80,7 @@ def cifar10(data_dir: Path, _: str) -> dict[str, np.ndarray]:
 def npz(data_dir: Path, dataset: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz file: x_* uint8 (N, 32, 32, 3), y_* integers 0 .. c-1; looked for in `data_dir` too."""
     path = next((p for p in (Path(dataset), data_dir / Path(dataset).name) if os.path.isfile(p)), None)
-    if path is None or path.suffix != ".npz":
+    if path is None or not dataset.endswith(".npz"):
         raise Stop(f"--dataset {dataset}: neither cifar10 nor synthetic, nor an .npz file that exists")
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -74,7 +74,9 @@ def disk_space(run: Path, settings: Settings, splits: list[int], keep: str, make
     checkpoints = len(settings.elcn_evaluations) if keep == "all" else 1
     total = (settings.epochs + 2) * sizes[0] + (len(splits) * checkpoints + bool(splits)) * sizes[1]  # and latest
     there = sum(size for _, _, size in files_of(run))
-    nearest = next(p for p in run.absolute().parents if p.exists())
+    nearest = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is not a directory")
     return max(0, total - there), shutil.disk_usage(nearest).free
 
 

@@ -285,26 +285,27 @@ def lock_network(directory: Path) -> Lock:
     return lock
 
 
-def read_status(run: Path) -> dict:
-    """status.json: {"networks": {label: {...}}, "sessions": [...]}; what is missing or damaged reads as empty."""
+def read_status(run: Path, damaged: Callable[[Path, str], None] = lambda path, reason: None) -> dict:
+    """status.json: {"networks": {label: {...}}, "sessions": [...]}; empty if missing or bad, told to `damaged`."""
+    path = run / "status.json"
     try:
-        status = json.loads((run / "status.json").read_text())
+        status = json.loads(path.read_text())
         if isinstance(status["sessions"], list) and all(isinstance(n, dict) for n in status["networks"].values()):
             return status
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        damaged(path, "not the lists and dicts it should be")
+    except FileNotFoundError:
         pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        damaged(path, f"{type(error).__name__}: {error}")
     return {"networks": {}, "sessions": []}
 
 
 def update_status(run: Path, change: Callable[[dict], object]) -> None:
     """Apply `change` to status.json; processes that train other networks of the run do the same meanwhile."""
-    path = run / "status.json"
     with Lock(run, ".status.lock", wait=True):
-        status = read_status(run)
-        if not status["sessions"] and path.exists():
-            set_aside(path, "it is not what begin_session and network_status write")
+        status = read_status(run, set_aside)
         change(status)
-        write_file(path, (json.dumps(status, indent=1) + "\n").encode())
+        write_file(run / "status.json", (json.dumps(status, indent=1) + "\n").encode())
 
 
 def network_status(run: Path, split: int | None, **values) -> None:

@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shlex
 import statistics
 import subprocess
@@ -296,7 +295,8 @@ def peak_memory(name: str, device: torch.device) -> int:
         step()()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - data.nbytes
+    # not getrusage's ru_maxrss, which a process inherits from the one that started it
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1)) - data.nbytes
 
 
 def peak_memory_of_process(name: str, device: torch.device) -> str:
@@ -350,7 +350,8 @@ def measure(steps: dict[str, Callable], rounds: int, slow_rounds: int, device: t
         rate, bandwidth = ceilings(device)
         arithmetic, traffic = floors(net, rate, bandwidth)
         now = {"rate": rate, "bandwidth": bandwidth, "arithmetic": arithmetic, "traffic": traffic}
-        now |= {name: seconds(step) for name, step in steps.items() if i < slow_rounds or results[0][name] < 2}
+        fast = [name for name in steps if i < slow_rounds or min(r[name] for r in results if name in r) < 2]
+        now |= {name: seconds(steps[name]) for name in fast}
         results.append(now)
     return results
 
@@ -363,8 +364,9 @@ def print_table(steps: dict, missing: dict, results: list[dict[str, float]], mem
     for name in steps:
         there, ours = [r for r in results if name in r], name.split(":")[0] + OURS
         ratios = [r[name] / max(r["arithmetic"], r["traffic"]) for r in there]
-        to_ours = f"{statistics.median(r[name] / r[ours] for r in there):.3g}" if ours in steps else ""
-        columns = [spread([1e3 * r[name] for r in there]), spread(ratios), to_ours, memory_of(name)]
+        to_ours = [r[name] / r[ours] for r in there if ours in r]
+        times_ours = f"{statistics.median(to_ours):.3g}" if to_ours else ""
+        columns = [spread([1e3 * r[name] for r in there]), spread(ratios), times_ours, memory_of(name)]
         print(f"| {name} | {' | '.join(columns)} |", flush=True)
     for key, text in (("arithmetic", "arithmetic at the rate of a matrix product"), ("traffic", "bytes of the eLCN")):
         print(f"| floor: {text} | {spread([1e3 * r[key] for r in results])} | | | | |")

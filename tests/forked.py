@@ -58,6 +58,8 @@ class Server:
         `stdout`, a file for its output, in place of one that `wait` reads; `env`, environment variables to set."""
         self.count += 1
         log = self.directory / f"study{self.count}"
+        for end in (".out", ".err"):
+            log.with_suffix(end).touch()
         return Study(self, self.ask({"argv": [script, *map(str, arguments)], "log": str(log), **options}), log)
 
     def run(self, script: str, *arguments: object, **options: object) -> Study:
@@ -166,8 +168,7 @@ def child(request: dict) -> None:
     train.SAVE_EVERY = request.get("save_every", train.SAVE_EVERY)
     streams = (request.get("stdout", request["log"] + ".out"), request["log"] + ".err")
     for number, path in enumerate(streams, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    builtins.open(request["log"] + ".out", "a").close()
+        os.dup2(os.open(path, os.O_WRONLY), number)
     interrupt = runs.Interrupt()
     if "fault" in request:
         Fault(**request["fault"])
@@ -185,10 +186,12 @@ def serve() -> None:
     network = small_study.small_cnn()
     network(torch.zeros(2, 3, 32, 32)).sum().backward()
     torch.optim.SGD(network.parameters(), 0.1).step()  # the first use imports much of torch
+    studies = set()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             reply = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+            studies.remove(request["wait"])
         elif "wait_stopped" in request:
             reply = os.waitpid(request["wait_stopped"], os.WUNTRACED)[1]
         else:
@@ -206,8 +209,11 @@ def serve() -> None:
                 finally:
                     sys.stderr.flush()
                     os._exit(status)
+            studies.add(reply)
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
+    for pid in studies:  # of tests that failed
+        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

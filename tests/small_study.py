@@ -1,4 +1,4 @@
-"""experiments.py and convert.py with a CNN small enough for tests: `python small_study.py experiments.py --epochs 2 ...`.
+"""experiments.py and convert.py with a CNN small enough for tests: `python small_study.py experiments.py --epochs 2`.
 
 Everything but the network is the real thing, signals from the first moment on included.
 """

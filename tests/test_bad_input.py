@@ -1,4 +1,4 @@
-"""Bad input ends in one line on stderr that names the cause and the remedy, in exit status 2, and in nothing on disk."""
+"""Bad input ends in one line on stderr that names cause and remedy, in exit status 2, and in nothing on disk."""
 
 import json
 import shutil
@@ -155,7 +155,7 @@ def test_a_directory_in_place_of_the_run_that_is_none(call, npz):
     assert [p.name for p in run.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("config", [None, "", "{}", "[]", '{"settings": 3}', '{"settings": {"epochs": "1"}}', "[" * 9999])
+@pytest.mark.parametrize("config", [None, "", "{}", "[]", '{"settings": 3}', '{"settings": {"seed": ""}}', "[" * 9999])
 def test_convert_on_what_is_no_run(call, config):
     run = Path("run")
     run.mkdir()
@@ -191,8 +191,9 @@ def test_convert_reads_no_setting_of_the_wrong_type(call, npz):
 @pytest.mark.parametrize("results", ["a_file", "a_file/below", "x" * 300])
 def test_results_that_cannot_be_written(call, npz, results):
     Path("a_file").write_text("")
-    status, line = call("experiments.py", "--dataset", npz, "--epochs", 1, "--results_dir", results)
-    assert status == 2 and "cannot be written" in line and "--results_dir" in line and no_run_made()
+    for exec in (0, 1):
+        status, line = call("experiments.py", "--dataset", npz, "--exec", exec, "--results_dir", results)
+        assert status == 2 and "cannot be written" in line and "--results_dir" in line and no_run_made()
 
 
 def test_so_many_splits_that_the_name_is_too_long(call, npz):

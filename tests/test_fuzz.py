@@ -39,18 +39,27 @@ fuzz = settings(
 def place(tmp_path_factory):
     """A directory with a data set, a run of one CNN epoch, and nothing else; the tests work in it."""
     place = tmp_path_factory.mktemp("fuzz")
-    old = Path.cwd()
+    old, threads = Path.cwd(), torch.get_num_threads()
     os.chdir(place)
+    torch.set_num_threads(1)  # where other work keeps the cores busy, several threads make tiny networks very slow
     np.savez("tiny.npz", **make_arrays(12, 6))
     assert run("experiments.py", "--dataset", "tiny.npz", "--epochs", 1, "--splits", 1) == 0
     Path("results").rename("good")
     yield place
     os.chdir(old)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def good(place):
     return next(Path("good").iterdir())
+
+
+class NoSignals(Interrupt):
+    """Leaves the signals to pytest, so that Ctrl-C ends the fuzzing."""
+
+    def __init__(self):
+        self.signum, self._at_once = None, False
 
 
 def called(script: str, argv: list[str]) -> tuple[int, str, str]:
@@ -59,7 +68,7 @@ def called(script: str, argv: list[str]) -> tuple[int, str, str]:
     main = SCRIPTS[script]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            finish(lambda argv, interrupt: main(argv, interrupt, small_cnn), [script, *argv], Interrupt())
+            finish(lambda argv, interrupt: main(argv, interrupt, small_cnn), [script, *argv], NoSignals())
         except SystemExit as exit:
             status = exit.code
     return status, *(stream.buffer.getvalue().decode() for stream in (out, err) if not stream.flush())
@@ -71,7 +80,9 @@ def half_written(directory: Path) -> list[Path]:
 
 # Command lines. For every flag, values that make sense and values that do not.
 
+GOOD_WORDS = {"auto", "cpu", "cuda", "all", "last", "float32", "tf32", "cifar10", "synthetic", "tiny.npz", "tiny"}
 WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=[]), max_size=8)
+WORDS = WORDS.filter(lambda word: word not in GOOD_WORDS)  # hypothesis reads the source for words to try
 NO_NUMBERS = st.sampled_from(["", "x", "1e", "--", "0x10", "1,5", "\udcff", "9" * 5000, "١x", "None", "1 2"])
 
 
@@ -90,13 +101,12 @@ FLAGS = {
     "--n_splits": integers(1, 10**4, 10**4),
     "--cnn_lr": RATES,
     "--lc_lr": RATES,
-    "--lcn_lr": RATES,
     "--lc_epochs": integers(0, 10**5),
     "--data_size": integers(0, 12, 12),
     "--batch_size": integers(1, 10**6, 10**6),
     "--seed": integers(0, 2**32 - 1, 2**32 - 1),
     "--splits": (st.sampled_from(["0", "1", "0 1", "1 1 0"]), st.sampled_from(["-1", "3", "1 99999", "x", ""])),
-    "--device": (st.sampled_from(["auto", "cpu"]), WORDS.filter(lambda w: w not in ("auto", "cpu", "cuda"))),
+    "--device": (st.sampled_from(["auto", "cpu"]), WORDS),
     "--keep": (st.sampled_from(["all", "last"]), WORDS),
     "--precision": (st.just("float32"), WORDS),
     "--exec": (st.just("0"), st.sampled_from(["2", "-1", "", "x"])),
@@ -109,6 +119,9 @@ FLAGS = {
     "--shuffle": (st.just(None), st.just("yes")),
     "--fresh": (st.just(None), st.just("no")),
 }
+
+
+SPELLINGS = {"--lc_lr": ["--lc_lr", "--lcn_lr"]}
 
 
 @st.composite
@@ -125,13 +138,13 @@ def command_lines(draw) -> tuple[list[str], bool]:
         elif flag == "--splits":
             argv += [flag, *value.split()]
         else:
-            argv.append(f"{flag}={value}")
+            argv.append(f"{draw(st.sampled_from(SPELLINGS.get(flag, [flag])))}={value}")
     if draw(st.integers(0, 9)) == 0:
         word = draw(st.one_of(WORDS.map(lambda word: "=" + word), st.sampled_from(["--fre", "--epoch=2", "--="])))
         argv.insert(0, word)
         sense = False
     if draw(st.integers(0, 9)) == 0:
-        dataset = draw(st.one_of(WORDS, WORDS.map(lambda w: w + ".npz"), st.sampled_from(["out", "/dev/zero", "CIFAR"])))
+        dataset = draw(st.one_of(WORDS, WORDS.map(lambda w: w + ".npz"), st.sampled_from(["out", "/dev/zero"])))
         argv[argv.index("--dataset") + 1] = dataset
         sense = False
     if sense and draw(st.integers(0, 2)):
@@ -143,6 +156,7 @@ def command_lines(draw) -> tuple[list[str], bool]:
 @given(line=command_lines())
 def test_command_lines(place, line):
     argv, sense = line
+    shutil.rmtree("out", ignore_errors=True)
     status, out, err = called("experiments.py", argv)
     if sense:
         assert status in (0, 3), err  # such learning rates may diverge
@@ -152,7 +166,6 @@ def test_command_lines(place, line):
         assert err.startswith("experiments.py: ") and err.count("\n") == 1
         assert not Path("out").exists()
     assert not half_written(place)
-    shutil.rmtree("out", ignore_errors=True)
 
 
 @fuzz
@@ -193,7 +206,7 @@ def saved(value: object, zipped: bool) -> bytes:
 
 
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 3), st.integers(), st.floats(), st.text(max_size=4), st.binary(max_size=2),
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.binary(max_size=3),
     st.sampled_from([torch.zeros(()), torch.zeros(4), torch.zeros(2, 3, dtype=torch.int64), torch.tensor(math.nan)]),
     st.sampled_from([print, os.system, Path("x"), np.float64(1), np.zeros(3), Exception(), object]),
 )  # fmt: skip

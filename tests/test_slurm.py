@@ -56,7 +56,7 @@ def clone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def slurm():
+def slurm(clone):
     """Skips where there is no Slurm to play with."""
 
     def ask(*command: str) -> str:
@@ -72,7 +72,9 @@ def slurm():
     if not re.search("idle|mixed|allocated", ask("sinfo", "--noheader", "--format=%T")):
         pytest.skip("Slurm's node is not up; tests/start_slurm.sh resumes it")
     yield
-    subprocess.run(["scancel", "--me"])
+    jobs = (line.split(maxsplit=1) for line in ask("squeue", "--noheader", "--format=%F %Z").splitlines())
+    for number in {number for number, directory in jobs if directory == str(clone)}:  # of a test that failed
+        call("scancel", number)
 
 
 def sbatch(clone: Path, *words: object) -> str:
