@@ -109,11 +109,11 @@ def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def synthetic(_: Path = Path(), __: str = "", train: int = 4000, test: int = 1000) -> dict[str, np.ndarray]:
+def synthetic(_: Path = Path(), __: str = "", train: int = 2000, test: int = 1000) -> dict[str, np.ndarray]:
     """Ten classes of images in which the evidence is local and lies anywhere: made by code, from a fixed seed.
 
-    A class is a 7 x 7 coloured pattern. An image holds its class's pattern three times, at random places, among
-    clutter: cut-up patterns of all classes, a random background and noise. Where a pattern lies says nothing, so a
+    A class is a 7 x 7 coloured pattern. An image holds its class's pattern four times and another's once, at random
+    places, among clutter: shuffled patterns, a random background and noise. Where a pattern lies says nothing, so a
     filter learned at one position is worth having at all of them.
     """
     rng = np.random.default_rng(0)
@@ -123,11 +123,12 @@ def synthetic(_: Path = Path(), __: str = "", train: int = 4000, test: int = 100
     for part, count in (("train", train), ("test", test)):
         y = rng.permutation(np.arange(count) % classes)
         background = rng.standard_normal((count, 8, 8, 3)).repeat(4, 1).repeat(4, 2)
-        x = 0.5 * background + 0.5 * rng.standard_normal((count, 32, 32, 3))
+        x = 0.4 * background + 0.4 * rng.standard_normal((count, 32, 32, 3))
         for i in range(count):
-            clutter = patterns[rng.integers(0, classes, 6)].reshape(6, -1, 3)
-            clutter = rng.permuted(clutter, axis=1).reshape(6, size, size, 3)
-            for pattern in (*clutter, *[patterns[y[i]]] * 3):  # the class's own patterns last, on top
+            clutter = patterns[rng.integers(0, classes, 3)].reshape(3, -1, 3)
+            clutter = rng.permuted(clutter, axis=1).reshape(3, size, size, 3)
+            other = patterns[(y[i] + rng.integers(1, classes)) % classes]
+            for pattern in (*clutter, other, *[patterns[y[i]]] * 4):  # the class's own patterns last, on top
                 top, left = rng.integers(0, 32 - size + 1, 2)
                 x[i, top : top + size, left : left + size] = pattern
         arrays[f"x_{part}"] = np.clip(128 + 50 * x, 0, 255).astype(np.uint8)
