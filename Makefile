@@ -1,7 +1,7 @@
 # make demo, make test: on a fresh machine with Python 3.10 or newer, set-up included.
 PYTHON ?= python3
 BIN = .venv/bin
-DEMO = --dataset synthetic --epochs 12 --splits 1 3 6 --cnn_lr 0.05 --lc_lr 0.02 --batch_size 25
+DEMO = --dataset synthetic --epochs 12 --splits 1 3 6 --cnn_lr 0.05 --lc_lr 0.01 --batch_size 25
 
 .PHONY: demo test lint bench
 .DELETE_ON_ERROR:

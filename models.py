@@ -171,7 +171,8 @@ class LocallyConnected2d(nn.Module):
         """The first `outputs` (rows, columns) of the output, for an input with `padding` zeros (above, to the left)."""
         geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation, outputs)
         if x.device.type == "cpu":
-            return _PatchRows.apply(x, self.weight, self.bias, geometry, self.fused_step)
+            out = _PatchRows.apply(x, self.weight, self.bias, geometry, self.fused_step)
+            return out.permute(0, 3, 1, 2)  # here, as layers after this one may change a view of it in place
         return unfolded(x, self.weight, self.bias, geometry)
 
     def extra_repr(self) -> str:
@@ -253,7 +254,7 @@ class _PatchRows(torch.autograd.Function):
                 out[:, h].transpose(0, 1).baddbmm_(patches, filters[h, : g.outputs[1], kernel_rows].flatten(1, 3))
         ctx.save_for_backward(rows, weight, bias)
         ctx.g, ctx.fused_step, ctx.size = g, fused_step, x.shape
-        return out.permute(0, 3, 1, 2)
+        return out
 
     @staticmethod
     def patches(rows: Tensor, g: Geometry, h: int, height: int):
@@ -279,7 +280,7 @@ class _PatchRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         (rows, weight, bias), g = ctx.saved_tensors, ctx.g
         filters = _matrices(weight, g.kernel)
-        grad = grad.permute(2, 3, 0, 1)  # (H_out, W_out, N, C_out)
+        grad = grad.permute(1, 2, 0, 3)  # (H_out, W_out, N, C_out)
         if grad.stride(3) != 1:
             grad = grad.contiguous()
         grad_x = _PatchRows.grad_input(grad, filters, g, ctx.size) if ctx.needs_input_grad[0] else None

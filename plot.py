@@ -68,7 +68,7 @@ STYLE = {
     "pdf.fonttype": 42, "legend.frameon": False, "legend.handlelength": 1.5, "legend.columnspacing": 1.2,
 }  # fmt: skip
 COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.15, 0.82, 256)))  # neither black nor yellow
-RING = {"ls": "none", "marker": "o", "mfc": "white", "ms": 2.6, "mew": 0.5, "zorder": 3}
+RING = {"ls": "none", "marker": "o", "mfc": "white", "ms": 2.6, "mew": 0.5, "zorder": 1.5}
 
 Network = dict[str, np.ndarray]  # a recorded quantity's key to its values, (evaluations,), float64
 
