@@ -416,7 +416,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; raises Stop where it makes no sense."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("run", type=Path, nargs="*", metavar="RUN", help="directories that experiments.py made")
+    add("run", type=Path, nargs="*", default=(), metavar="RUN", help="directories that experiments.py made")
     add("--out", type=Path, metavar="FILE", help="figure, .png, .pdf or .svg (default: figure.png in the first RUN)")
     add("--splits", type=int, nargs="+", metavar="EPOCH", help="only the eLCNs of these splits")
     add("--margin", choices=MARGINS, default="published", help="what norms are relative to (default: published)")

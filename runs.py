@@ -92,10 +92,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
-        args = super().parse_args(argv)
-        if [] in vars(args).values():  # what argparse makes of --flag=--
-            self.error("a flag has no value")
-        return args
+        if wrong := [word for word in argv if word.endswith("=--")]:  # of which argparse makes an empty list
+            self.error(f"{wrong[0]}: -- is no value")
+        return super().parse_args(argv)
 
     def error(self, message: str) -> None:
         raise Stop(f"{message}; see --help")
