@@ -61,7 +61,7 @@ def whole_study(args: argparse.Namespace, splits: int, batch_size: int, data_siz
 
 def growth(args: argparse.Namespace) -> None:
     """Vary one of three sizes at a time, interleaved over the rounds."""
-    size = args.data_size or 4000
+    size = args.data_size or 2000
     cases = [(n, 250, size) for n in (1, 2, 4)] + [(1, b, size) for b in (50, 125, 500)]
     cases += [(1, 250, size // 4), (1, 250, size // 2)]
     taken = {case: [] for case in cases}

@@ -207,9 +207,12 @@ def test_a_stop_without_progress_saves_the_same_bytes(npz, tmp_path):
     assert stop_after(4) != saved
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
+SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
+
+
+@pytest.mark.skipif(not SHELLCHECK, reason="no shellcheck here")
 def test_shellcheck_finds_nothing():
-    call("shellcheck", *ROOT.glob("*.sh"), *ROOT.glob("tests/*.sh"))
+    call(SHELLCHECK, *ROOT.glob("*.sh"), *ROOT.glob("tests/*.sh"))
 
 
 # With Slurm
