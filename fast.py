@@ -4,6 +4,9 @@
 a result beyond rounding (`tests/test_fast.py`); `benchmarks/README.md` says what each is worth.
 """
 
+import contextlib
+import ctypes
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,6 +91,14 @@ def _plain_pool(layer: nn.Module) -> bool:
     )
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed; else each step's large buffers are new pages, which the kernel has to clear."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
+
+
 class Step:
     """One step of plain SGD: `step(x, y)` for x of shape (N, C, H, W) and labels y (N,).
 
@@ -98,9 +109,9 @@ class Step:
     """
 
     def __init__(self, net: nn.Sequential, image_shape: tuple[int, ...], lr: float):
+        keep_freed_memory()
         self.net, self.lr = streamline(net, image_shape), lr
         self.untied = [m for m in net.modules() if isinstance(m, LocallyConnected2d)]
-        self.optimizer = torch.optim.SGD(net.parameters(), lr)
         self.loss_sum = torch.zeros((), device=next(net.parameters()).device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -129,10 +140,13 @@ class Step:
         loss = F.cross_entropy(self.net(x), y)
         for layer in self.untied:
             layer.fused_step = None
-        self.optimizer.zero_grad()
+        self.net.zero_grad()
         loss.backward()
-        self.optimizer.step()  # parameters without a gradient, those of fused layers, are passed over
-        self.loss_sum += loss.detach()
+        with torch.no_grad():
+            for parameter in self.net.parameters():
+                if parameter.grad is not None:  # those of fused layers have none
+                    parameter.sub_(parameter.grad, alpha=self.lr)
+            self.loss_sum += loss
 
     def _capture(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x.clone(), y.clone()

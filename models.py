@@ -5,6 +5,7 @@ filter per output position. `convert.py` turns the first into a network of the s
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -171,7 +172,7 @@ class LocallyConnected2d(nn.Module):
         """The first `outputs` (rows, columns) of the output, for an input with `padding` zeros (above, to the left)."""
         geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation, outputs)
         if x.device.type == "cpu":
-            out = _PatchRows.apply(x, self.weight, self.bias, geometry, self.fused_step)
+            out = _InPlace.apply(x, self.weight, self.bias, geometry, self.fused_step)
             return out.permute(0, 3, 1, 2)  # here, as layers after this one may change a view of it in place
         return unfolded(x, self.weight, self.bias, geometry)
 
@@ -191,12 +192,30 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
     outputs: tuple[int, int]  # how many output rows and columns to compute
 
-    @property
-    def extent(self) -> tuple[int, int]:
-        """Rows and columns of the padded input that the outputs read."""
-        return tuple(
-            (o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(self.outputs, self.stride, self.kernel, self.dilation)
-        )
+    def products(self, height: int, width: int) -> Iterator[tuple[slice, int, int, slice, slice, slice]]:
+        """Cut the layer on an input of (height, width) into matrix products that leave out the padding.
+
+        Yields (output rows, output column, kernel row, taps, input rows, input columns): of each output row, the taps
+        read the input columns of one input row, all adjacent.
+        """
+        (k_h, k_w), (s_h, s_w), (p_h, p_w), (d_h, d_w), (rows, columns) = self
+        for w in range(columns):
+            x = w * s_w - p_w
+            taps = _inside(x, d_w, k_w, width)
+            adjacent = [taps] if d_w == 1 else [range(j, j + 1) for j in taps]
+            for i in range(k_h):
+                y = i * d_h - p_h
+                h = _inside(y, s_h, rows, height)
+                for j in adjacent if h and taps else ():
+                    first_row, first_column = h.start * s_h + y, j.start * d_w + x
+                    input_rows = slice(first_row, first_row + (len(h) - 1) * s_h + 1, s_h)
+                    input_columns = slice(first_column, first_column + len(j))
+                    yield slice(h.start, h.stop), w, i, slice(j.start, j.stop), input_rows, input_columns
+
+
+def _inside(start: int, step: int, count: int, size: int) -> range:
+    """The k in range(count) for which start + k * step lies in range(size)."""
+    return range(max(0, -(start // step)), min(count, (size - 1 - start) // step + 1))
 
 
 def _matrices(weight: Tensor, kernel: tuple[int, int]) -> Tensor:
@@ -204,125 +223,95 @@ def _matrices(weight: Tensor, kernel: tuple[int, int]) -> Tensor:
     return weight[0].unflatten(-1, kernel).permute(2, 3, 4, 5, 1, 0).contiguous()
 
 
+def _patches(x: Tensor, g: Geometry) -> Tensor:
+    """What every output position sees of x (N, C_in, H, W), as (H_out, W_out, N, k_h * k_w * C_in)."""
+    height, width = (
+        (o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(g.outputs, g.stride, g.kernel, g.dilation)
+    )
+    (top, left), (_, _, h, w) = g.padding, x.shape
+    x = F.pad(x, (left, max(0, width - left - w), top, max(0, height - top - h)))[:, :, :height, :width]
+    for dim in (0, 1):
+        x = x.unfold(dim + 2, (g.kernel[dim] - 1) * g.dilation[dim] + 1, g.stride[dim])[..., :: g.dilation[dim]]
+    return x.permute(2, 3, 0, 4, 5, 1).flatten(3)
+
+
 def unfolded(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
     """A locally connected layer as one matrix of patches times one matrix of filters at every position.
 
     On any device, differentiable any number of times. x: (N, C_in, H, W); returns (N, C_out, *g.outputs).
     """
-    (height, width), (top, left) = g.extent, g.padding
-    right, bottom = max(0, width - left - x.shape[3]), max(0, height - top - x.shape[2])
-    x = F.pad(x, (left, right, top, bottom))[:, :, :height, :width]
-    for dim in (0, 1):
-        x = x.unfold(dim + 2, (g.kernel[dim] - 1) * g.dilation[dim] + 1, g.stride[dim])[..., :: g.dilation[dim]]
     rows, columns = g.outputs
-    patches = x.permute(2, 3, 0, 4, 5, 1).reshape(rows * columns, len(x), -1)  # (H_out * W_out, N, k_h * k_w * C_in)
-    filters = _matrices(weight, g.kernel)[:rows, :columns].reshape(*patches.shape[::2], -1)
-    out = torch.bmm(patches, filters).unflatten(0, g.outputs).permute(2, 3, 0, 1)  # (N, C_out, H_out, W_out)
+    filters = _matrices(weight, g.kernel)[:rows, :columns].flatten(2, 4)  # (H_out, W_out, k_h * k_w * C_in, C_out)
+    out = (_patches(x, g) @ filters).permute(2, 3, 0, 1)  # (N, C_out, H_out, W_out)
     out = out.contiguous(memory_format=torch.channels_last)
     return out if bias is None else out + bias[:, :, :rows, :columns]
 
 
-class _PatchRows(torch.autograd.Function):
-    """A locally connected layer on the CPU, as batched matrix products over the positions of one output row.
+class _InPlace(torch.autograd.Function):
+    """A locally connected layer on the CPU, as batched matrix products that read their patches in place.
 
-    No matrix of patches: with the input as (H, N, W, C_in), what one row of the kernel covers at one position is
-    k_w * C_in adjacent numbers, so `baddbmm` reads the patches of a whole output row in place, as a strided view.
-    Kernel rows that lie on zero padding are skipped. Patches are copied, one output row at a time, only where a
-    kernel row is too short for a good product (the first layer, with 3 channels) or is dilated.
+    What one row of the kernel sees of one image is, with the channels last, k_w * C_in adjacent numbers. So for one
+    kernel row and one output column the patches of all output rows are a strided view of the input, which `baddbmm`
+    reads as it is; the gradient for the input is added through the same view. Where that would be less than SHORT
+    numbers (the first layer has 3 channels), a copy of all patches is the faster way.
     """
 
-    SHORT = 48  # below this many numbers per kernel row, copied patches are faster
+    SHORT = 48
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, fused_step: float | None
     ) -> Tensor:
-        filters = _matrices(weight, g.kernel)
+        filters = _matrices(weight, g.kernel)[: g.outputs[0], : g.outputs[1]]
         if fused_step is not None and filters.data_ptr() != weight.data_ptr():
             raise ValueError("fused_step needs the weight in the memory order the layer was made with")
-        (height, width), (top, left) = g.extent, g.padding
-        rows = x.new_zeros(height, len(x), width, x.shape[1])  # the padded input, (H, N, W, C_in)
-        inside = x[:, :, : max(0, height - top), : max(0, width - left)].permute(2, 0, 3, 1)
-        rows[top : top + inside.shape[0], :, left : left + inside.shape[2]] = inside
-        out = x.new_empty(len(x), *g.outputs, weight.shape[1])  # (N, H_out, W_out, C_out)
-        if bias is None:
-            out.zero_()
+        result = x.new_empty(len(x), *g.outputs, weight.shape[1])
+        out = result.permute(1, 2, 0, 3)  # (H_out, W_out, N, C_out)
+        out[:] = 0 if bias is None else bias[0, :, : g.outputs[0], : g.outputs[1]].permute(1, 2, 0)[:, :, None]
+        ctx.copied = x.shape[1] * (g.kernel[1] if g.dilation[1] == 1 else 1) < _InPlace.SHORT
+        if ctx.copied:
+            seen = _patches(x, g)
+            out.flatten(0, 1).baddbmm_(seen.flatten(0, 1), filters.flatten(2, 4).flatten(0, 1))
         else:
-            out.copy_(bias[0, :, : g.outputs[0], : g.outputs[1]].permute(1, 2, 0))
-        for h in range(g.outputs[0]):
-            for kernel_rows, patches in _PatchRows.patches(rows, g, h, x.shape[2]):
-                out[:, h].transpose(0, 1).baddbmm_(patches, filters[h, : g.outputs[1], kernel_rows].flatten(1, 3))
-        ctx.save_for_backward(rows, weight, bias)
+            seen = x.permute(2, 0, 3, 1).contiguous()  # (H, N, W, C_in)
+            for h, w, i, j, rows, columns in g.products(*x.shape[2:]):
+                out[h, w].baddbmm_(seen[rows, :, columns].flatten(2), filters[h, w, i, j].flatten(1, 2))
         ctx.g, ctx.fused_step, ctx.size = g, fused_step, x.shape
-        return out
-
-    @staticmethod
-    def patches(rows: Tensor, g: Geometry, h: int, height: int):
-        """Yield (rows of the kernel, the patches (W_out, N, rows * k_w * C_in) they see) for output row `h`."""
-        _, n, width, channels = rows.shape
-        (k_h, k_w), (s_h, s_w), (d_h, d_w) = g.kernel, g.stride, g.dilation
-        row, image, column, _ = rows.stride()
-        first = h * s_h
-        if d_w > 1 or k_w * channels < _PatchRows.SHORT:
-            view = rows.as_strided(
-                (g.outputs[1], n, k_h, k_w, channels),
-                (s_w * column, image, d_h * row, d_w * column, 1), first * row,
-            )  # fmt: skip
-            yield slice(None), view.reshape(g.outputs[1], n, -1)
-            return
-        for i in range(k_h):
-            if 0 <= first + i * d_h - g.padding[0] < height:
-                at = (first + i * d_h) * row
-                yield slice(i, i + 1), rows.as_strided((g.outputs[1], n, k_w * channels), (s_w * column, image, 1), at)
+        ctx.save_for_backward(seen, weight, bias)
+        return result  # (N, H_out, W_out, C_out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        (rows, weight, bias), g = ctx.saved_tensors, ctx.g
+        (seen, weight, bias), g, fused = ctx.saved_tensors, ctx.g, ctx.fused_step is not None
+        alpha = -ctx.fused_step if fused else 1
+        n, channels, height, width = ctx.size
         filters = _matrices(weight, g.kernel)
         grad = grad.permute(1, 2, 0, 3)  # (H_out, W_out, N, C_out)
         if grad.stride(3) != 1:
             grad = grad.contiguous()
-        grad_x = _PatchRows.grad_input(grad, filters, g, ctx.size) if ctx.needs_input_grad[0] else None
 
-        grad_weight, beta, alpha, target = None, 0, 1, None
-        if ctx.fused_step is not None:
-            beta, alpha, target = 1, -ctx.fused_step, filters
-        elif ctx.needs_input_grad[1]:
-            target = torch.zeros_like(filters)
-            grad_weight = target.permute(5, 4, 0, 1, 2, 3).flatten(4)[None]
-        if target is not None:
-            for h in range(g.outputs[0]):
-                for kernel_rows, patches in _PatchRows.patches(rows, g, h, ctx.size[2]):
-                    block = target[h, : g.outputs[1], kernel_rows].flatten(1, 3)
-                    block.baddbmm_(patches.transpose(1, 2), grad[h], beta=beta, alpha=alpha)
-
-        grad_bias = None
-        if bias is not None and (ctx.fused_step is not None or ctx.needs_input_grad[2]):
-            total = grad.sum(2).permute(2, 0, 1)[None]  # (1, C_out, rows, columns)
-            if ctx.fused_step is not None:
-                bias[:, :, : g.outputs[0], : g.outputs[1]].sub_(total, alpha=ctx.fused_step)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad.new_zeros(height, n, width, channels)
+            for h, w, i, j, rows, columns in g.products(height, width):
+                seen_by = grad_x[rows, :, columns].view(h.stop - h.start, n, -1)
+                seen_by.baddbmm_(grad[h, w], filters[h, w, i, j].flatten(1, 2).transpose(1, 2))
+            grad_x = grad_x.permute(1, 3, 0, 2)
+        if ctx.needs_input_grad[1]:
+            if not fused:
+                filters = torch.zeros_like(filters)
+                grad_weight = filters.permute(5, 4, 0, 1, 2, 3).flatten(4)[None]
+            if ctx.copied:
+                products = torch.bmm(seen.flatten(0, 1).transpose(1, 2), grad.flatten(0, 1)).unflatten(0, g.outputs)
+                filters[: g.outputs[0], : g.outputs[1]].flatten(2, 4).add_(products, alpha=alpha)
             else:
-                grad_bias = torch.zeros_like(bias)
-                grad_bias[:, :, : g.outputs[0], : g.outputs[1]] = total
+                for h, w, i, j, rows, columns in g.products(height, width):
+                    patches = seen[rows, :, columns].flatten(2).transpose(1, 2)
+                    filters[h, w, i, j].flatten(1, 2).baddbmm_(patches, grad[h, w], alpha=alpha)
+        if ctx.needs_input_grad[2]:
+            if not fused:
+                bias = grad_bias = torch.zeros_like(bias)
+            total = grad.sum(2).permute(2, 0, 1)  # (C_out, rows, columns)
+            bias[0, :, : g.outputs[0], : g.outputs[1]].add_(total, alpha=alpha)
         return grad_x, grad_weight, grad_bias, None, None
-
-    @staticmethod
-    def grad_input(grad: Tensor, filters: Tensor, g: Geometry, size: torch.Size) -> Tensor:
-        """The gradient for the input (N, C_in, H, W): one product per output row and tap, all its columns at once."""
-        n, channels, height, width = size
-        grad_x = grad.new_zeros(n, height, width, channels)
-        for h in range(g.outputs[0]):
-            for i in range(g.kernel[0]):
-                y = h * g.stride[0] + i * g.dilation[0] - g.padding[0]
-                if not 0 <= y < height:
-                    continue
-                for j in range(g.kernel[1]):
-                    shift = j * g.dilation[1] - g.padding[1]  # output column w reads input column w * stride + shift
-                    first = max(0, -(shift // g.stride[1]))
-                    last = min(g.outputs[1], (width - 1 - shift) // g.stride[1] + 1)
-                    if first < last:
-                        columns = slice(first * g.stride[1] + shift, (last - 1) * g.stride[1] + shift + 1, g.stride[1])
-                        target = grad_x[:, y, columns].transpose(0, 1)  # (columns, N, C_in)
-                        target.baddbmm_(grad[h, first:last], filters[h, first:last, i, j].transpose(1, 2))
-        return grad_x.permute(0, 3, 1, 2)

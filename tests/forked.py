@@ -185,7 +185,6 @@ def serve() -> None:
     torch.set_num_threads(1)  # a process that had several could not be forked
     network = small_study.small_cnn()
     network(torch.zeros(2, 3, 32, 32)).sum().backward()
-    torch.optim.SGD(network.parameters(), 0.1).step()  # the first use imports much of torch
     studies = set()
     for line in sys.stdin:
         request = json.loads(line)

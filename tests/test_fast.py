@@ -84,7 +84,7 @@ def expected(case):
 def test_the_cpu_layer_and_the_portable_one_compute_the_definition_and_its_gradients(case):
     layer, x = case.layer, case.x.requires_grad_()
     out, gradients = expected(case)
-    with patch.object(models._PatchRows, "SHORT", case.short):
+    with patch.object(models._InPlace, "SHORT", case.short):
         for actual in (
             layer(x) if case.outputs == layer.output_size else layer.compute(x, layer.padding, case.outputs),
             portable(layer, x, layer.padding, case.outputs),
@@ -100,7 +100,7 @@ def test_a_fused_step_is_a_step_of_plain_sgd(case):
     gradients = expected(case)[1]
     before = [p.detach().clone() for p in layer.parameters()]
     layer.fused_step = lr
-    with patch.object(models._PatchRows, "SHORT", case.short):
+    with patch.object(models._InPlace, "SHORT", case.short):
         x = case.x.requires_grad_()
         layer.compute(x, layer.padding, case.outputs).backward(case.grad)
     assert close(x.grad, gradients[0], case.tolerance)
@@ -115,7 +115,7 @@ def test_gradcheck(bias, short):
     torch.manual_seed(0)
     layer = LocallyConnected2d(2, 3, (5, 4), (3, 2), (2, 1), (1, 2), (1, 2), bias, dtype=torch.float64)
     inputs = (torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True), *layer.parameters())
-    with patch.object(models._PatchRows, "SHORT", short):
+    with patch.object(models._InPlace, "SHORT", short):
         assert torch.autograd.gradcheck(lambda x, *_: layer(x), inputs)
     assert torch.autograd.gradgradcheck(lambda x, *_: portable(layer, x, layer.padding, layer.output_size), inputs)
 
@@ -288,6 +288,19 @@ def test_so_do_they_with_the_layer_that_other_devices_get(trained, monkeypatch):
     for x, y in batches():
         step(x, y)
     assert largest_change(net, expected) < 1e-4
+
+
+def test_what_is_frozen_stays_as_it_is(trained):
+    net = copy.deepcopy(trained[0])
+    before = copy.deepcopy(net)
+    frozen = [net[5].weight, net[9].bias, net[13].weight]
+    for parameter in frozen:
+        parameter.requires_grad = False
+    step = Step(net, (3, 32, 32), 0.05)
+    for x, y in batches():
+        step(x, y)
+    for parameter, old in zip(net.parameters(), before.parameters()):
+        assert torch.equal(parameter, old) == any(parameter is p for p in frozen)
 
 
 def test_the_steps_that_warm_up_a_cuda_graph_leave_no_trace(monkeypatch):

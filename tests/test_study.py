@@ -10,7 +10,7 @@ from checkpoints import load, load_history
 from data import load_data, synthetic
 from measure import KEYS
 from runs import Settings, Stop, log_spaced_epochs
-from small_study import run
+from small_study import run, small_cnn
 from train import epoch_order
 
 
@@ -52,7 +52,9 @@ def test_a_run_leaves_the_documented_files(tmp_path, npz):
     config = json.loads((path / "config.json").read_text())
     assert config["settings"]["epochs"] == 3 and len(config["data_sha256"]) == 64
     assert {"device", "threads", "versions", "git_commit"} <= set(config)
-    assert load(path / "skinnyprime_3.pyT")["optimizer"]["param_groups"][0]["lr"] == 0.05
+    optimizer = torch.optim.SGD(small_cnn().parameters(), 1.0, momentum=0.9)
+    optimizer.load_state_dict(load(path / "skinnyprime_3.pyT")["optimizer"])
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.05, 0)
     for history in path.rglob("*.hist"):
         values = load_history(history)
         assert set(KEYS) <= set(values) and {"untied_1", "untied_5"} <= set(values)
