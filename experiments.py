@@ -12,11 +12,11 @@ import contextlib
 import errno
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from runs import (
-    BAD_INPUT, COMPLETE, DIVERGED, ELCN, ENVIRONMENT, Interrupt, Lock, Parser, Settings, Stop, finish, lock_network,
+    COMPLETE, DIVERGED, ELCN, ENVIRONMENT, Interrupt, Lock, Parser, Settings, Stop, finish, lock_network, writing,
 )  # fmt: skip
 
 if __name__ == "__main__":
@@ -109,16 +109,6 @@ def files_of(run: Path) -> list[tuple[Path, int, int]]:
     return files
 
 
-@contextlib.contextmanager
-def writable(run: Path) -> Iterator[None]:
-    """A directory that cannot be made or written is bad input, unless its disk is full."""
-    try:
-        yield
-    except OSError as error:
-        status = ENVIRONMENT if error.errno in (errno.ENOSPC, errno.EDQUOT) else BAD_INPUT
-        raise Stop(f"{run} cannot be written ({error.strerror}); name another --results_dir", status) from None
-
-
 def open_run(run: Path, fresh: bool) -> Lock:
     """Make the run's directory, or find it, and lock the CNN; raises Stop if it is no run or cannot be written."""
     there = [path.name for path, _, _ in files_of(run) if not path.name.startswith(".")]
@@ -150,7 +140,7 @@ def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Mod
     args, settings = parse(argv)
     run = args.results_dir / settings.run_name
     splits = [] if args.cnn_only else settings.split_epochs
-    with writable(run):
+    with writing(run, "name another --results_dir"):
         needed, free = disk_space(run, settings, splits, args.keep, make_cnn)
     if args.exec == 0:
         if args.dataset != "cifar10":  # whose download a plan is not worth
@@ -167,7 +157,7 @@ def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Mod
     device = pick_device(args.device)
     with interrupt.at_once():
         data = load_data(args.dataset, args.data_dir, settings.data_size, device)
-    with writable(run):
+    with writing(run, "name another --results_dir"):
         lock = open_run(run, args.fresh)
     with lock:
         session = Session(run, settings, data, device, interrupt, args.keep, make_cnn)

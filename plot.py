@@ -13,7 +13,6 @@ RUN is a directory that experiments.py made. One in progress is plotted as far a
 import argparse
 import csv
 import dataclasses
-import errno
 import functools
 import io
 import sys
@@ -33,8 +32,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from runs import (
-    BAD_INPUT, COMPLETE, ELCN, ENVIRONMENT, HISTORY, Interrupt, Parser, Settings, Stop, finish, label,
-    network_directory, write_file,
+    COMPLETE, ELCN, HISTORY, Interrupt, Parser, Settings, Stop, finish, label, network_directory, write_file, writing,
 )  # fmt: skip
 
 if __name__ == "__main__":
@@ -439,15 +437,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def save(path: Path, content: bytes) -> None:
-    """`write_file`, with a Stop where that cannot be."""
-    try:
-        write_file(path, content)
-    except OSError as error:
-        status = ENVIRONMENT if error.errno in (errno.ENOSPC, errno.EDQUOT) else BAD_INPUT
-        raise Stop(f"{path} cannot be written ({error.strerror}); name another file", status) from None
-
-
 def render(fig: Figure, suffix: str) -> bytes:
     """The figure as a file; `suffix` is .png, .pdf or .svg."""
     file = io.BytesIO()
@@ -483,7 +472,8 @@ def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Mod
         if path == Path():
             print(content)
         else:
-            save(path, content if name == "figure" else content.encode(errors="backslashreplace"))
+            with writing(path, "name another file"):
+                write_file(path, content if name == "figure" else content.encode(errors="backslashreplace"))
             print(f"{name}: {path}")
     if args.out and len(groups) == 1:
         print(summary(groups[0], args.margin))

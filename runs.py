@@ -6,6 +6,7 @@ Imports neither torch nor numpy at its top, so that scripts note signals before 
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -233,6 +234,16 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextlib.contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """For what the user named: that it cannot be written is bad input, unless its disk is full."""
+    try:
+        yield
+    except OSError as error:
+        status = ENVIRONMENT if error.errno in (errno.ENOSPC, errno.EDQUOT) else BAD_INPUT
+        raise Stop(f"{path} cannot be written ({error.strerror}); {remedy}", status) from None
 
 
 def set_aside(path: Path, reason: str) -> None:
