@@ -35,6 +35,8 @@ def load(path: Path) -> dict:
             with zipfile.ZipFile(file) as parts:
                 if bad := parts.testzip():  # torch itself does not look at the CRC-32
                     raise Damaged(f"wrong checksum in {bad}")
+                if any(part.external_attr & 0x10 for part in parts.infolist()):  # torch reads nothing from a directory
+                    raise Damaged("a tensor is marked as a directory")
         file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said in one line, below

@@ -349,6 +349,10 @@ def test_any_flipped_byte_of_a_checkpoint_or_history_is_recognised_or_harmless(u
             except Damaged:
                 recognised += 1
         assert recognised > len(content) // 60
+        for entry in re.finditer(rb"PK\x01\x02", content[directory:]):  # its mark as a directory
+            path.write_bytes(flip(content, directory + entry.start() + 38, 4))
+            with pytest.raises(Damaged):
+                load(path)
         for length in range(0, len(content), len(content) // 20):
             path.write_bytes(content[:length])
             with pytest.raises(Damaged):
