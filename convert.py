@@ -13,10 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from runs import (
-    COMPLETE, DIVERGED, Interrupt, Parser, Settings, Stop, checkpoint_path, finish, label, lock_network,
-    network_directory, read_status,
-)  # fmt: skip
+from cli import COMPLETE, DIVERGED, Interrupt, Parser, Stop, finish
+from runs import Settings, checkpoint_path, label, lock_network, network_directory, read_status
 
 if __name__ == "__main__":
     INTERRUPT = Interrupt()  # torch takes seconds to import; a signal in that time must not be lost

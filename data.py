@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runs import Lock, Stop
+from cli import Stop
+from runs import Lock
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10; every data set is normalised with these
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")

@@ -15,9 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from runs import (
-    COMPLETE, DIVERGED, ELCN, ENVIRONMENT, Interrupt, Lock, Parser, Settings, Stop, finish, lock_network, writing,
-)  # fmt: skip
+from cli import COMPLETE, DIVERGED, ENVIRONMENT, Interrupt, Parser, Stop, finish
+from runs import ELCN, Lock, Settings, lock_network, writing
 
 if __name__ == "__main__":
     INTERRUPT = Interrupt()  # torch takes seconds to import; a signal in that time must not be lost

@@ -31,9 +31,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from runs import (
-    COMPLETE, ELCN, HISTORY, Interrupt, Parser, Settings, Stop, finish, label, network_directory, write_file, writing,
-)  # fmt: skip
+from cli import COMPLETE, Interrupt, Parser, Stop, finish
+from runs import ELCN, HISTORY, Settings, label, network_directory, write_file, writing
 
 if __name__ == "__main__":
     INTERRUPT = Interrupt()  # torch takes seconds to import; a signal in that time must not be lost

@@ -58,8 +58,9 @@ plan=$(
 import itertools
 import sys
 
+from cli import Stop
 from experiments import parse
-from runs import Settings, Stop, checkpoint_path, label, read_status
+from runs import Settings, checkpoint_path, label, read_status
 
 sys.argv[0] = "run_all.sh"
 end = sys.argv.index("--")

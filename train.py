@@ -17,10 +17,8 @@ from data import Data
 from fast import Step
 from measure import evaluate
 from models import skinnyprime
-from runs import (
-    ENVIRONMENT, Interrupt, Interrupted, Settings, Stop, begin_session, environment, label, network_status, read_status,
-    write_config,
-)  # fmt: skip
+from cli import ENVIRONMENT, Interrupt, Interrupted, Stop
+from runs import Settings, begin_session, environment, label, network_status, read_status, write_config
 
 SAVE_EVERY = 30.0  # seconds of work that a killed process can lose
 

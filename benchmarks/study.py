@@ -34,7 +34,8 @@ from convert import untie
 from data import Data, load_data
 from measure import evaluate
 from models import Geometry, LocallyConnected2d, skinnyprime, unfolded
-from runs import Interrupt, Settings
+from cli import Interrupt
+from runs import Settings
 from step import machine, spread
 
 SCRIPT = Path(__file__).parents[1] / "experiments.py"

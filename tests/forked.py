@@ -159,7 +159,7 @@ def fill(filler: str) -> None:
 
 def child(request: dict) -> None:
     """Be a study."""
-    import runs
+    import cli
     import small_study
     import train
 
@@ -169,11 +169,11 @@ def child(request: dict) -> None:
     streams = (request.get("stdout", request["log"] + ".out"), request["log"] + ".err")
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY), number)
-    interrupt = runs.Interrupt()
+    interrupt = cli.Interrupt()
     if "fault" in request:
         Fault(**request["fault"])
     main = small_study.SCRIPTS[request["argv"][0]]
-    runs.finish(lambda argv, interrupt: main(argv, interrupt, small_study.small_cnn), request["argv"], interrupt)
+    cli.finish(lambda argv, interrupt: main(argv, interrupt, small_study.small_cnn), request["argv"], interrupt)
 
 
 def serve() -> None:

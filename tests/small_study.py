@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from runs import Interrupt, finish
+from cli import Interrupt, finish
 
 if __name__ == "__main__":
     INTERRUPT = Interrupt()
@@ -33,7 +33,7 @@ SCRIPTS = {"experiments.py": experiments.main, "convert.py": convert.main}
 
 
 def run(script: str, *arguments: object) -> int:
-    """One script in this process, with the small CNN; returns its exit status or raises runs.Stop."""
+    """One script in this process, with the small CNN; returns its exit status or raises cli.Stop."""
     return SCRIPTS[script]([str(a) for a in arguments], Interrupt(), small_cnn)
 
 

@@ -14,7 +14,8 @@ from conftest import make_arrays
 from small_study import SCRIPTS, small_cnn
 
 from data import load_data
-from runs import Interrupt, Settings, Stop, checkpoint_path, finish
+from cli import Interrupt, Stop, finish
+from runs import Settings, checkpoint_path
 
 
 @pytest.fixture

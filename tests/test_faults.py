@@ -25,7 +25,8 @@ from small_study import small_cnn
 
 from checkpoints import Damaged, load, load_history, load_weights
 from convert import untie
-from runs import Interrupt, Settings, Stop, finish, read_status
+from cli import Interrupt, Stop, finish
+from runs import Settings, read_status
 from train import SAVE_EVERY
 
 SMALL = ("--epochs", 3, "--n_splits", 2, "--batch_size", 10)  # 6 steps an epoch; CNN, eLCN from 1, eLCN from 3

@@ -26,7 +26,8 @@ from small_study import SCRIPTS, run, small_cnn
 import runs
 from checkpoints import Damaged, Track, load, load_history, load_weights
 from data import ARRAYS, load_data
-from runs import Interrupt, Settings, Stop, finish, read_status
+from cli import Interrupt, Stop, finish
+from runs import Settings, read_status
 
 CASES = int(os.environ.get("FUZZ_CASES", 300))
 fuzz = settings(

@@ -9,7 +9,7 @@ from torch import nn
 from checkpoints import load_weights
 from convert import largest_difference, untie
 from models import ConvNet, LocallyConnected2d, layer_shapes, skinnyprime
-from runs import Stop
+from cli import Stop
 from small_study import small_cnn
 
 IMAGE = (3, 32, 32)

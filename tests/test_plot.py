@@ -17,7 +17,8 @@ from small_study import small_cnn
 import plot
 from checkpoints import save
 from measure import KEYS
-from runs import HISTORY, Interrupt, Settings, Stop, network_directory, write_config
+from cli import Interrupt, Stop
+from runs import HISTORY, Settings, network_directory, write_config
 
 REFERENCE = Path(__file__).parents[1] / "results" / "published_figure.csv"
 

@@ -18,6 +18,7 @@ from conftest import make_arrays
 from small_study import run as run_small
 from small_study import small_cnn
 
+import cli
 import runs
 
 ROOT = Path(__file__).parents[1]
@@ -183,17 +184,17 @@ def test_local_stops_at_a_signal(clone):
 def test_a_stop_without_progress_saves_the_same_bytes(npz, tmp_path):
     """What job.sh tells progress by."""
 
-    class After(runs.Interrupt):
+    class After(cli.Interrupt):
         left = 0
 
         def check(self):
             After.left -= 1
             if not After.left:
-                raise runs.Interrupted
+                raise cli.Interrupted
 
     def stop_after(checks: int) -> list[bytes]:
         After.left = checks
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(runs.Interrupted):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(cli.Interrupted):
             patch.setattr("small_study.Interrupt", After)
             words = ("--epochs", 3, "--n_splits", 1, "--batch_size", 10, "--results_dir", tmp_path)
             run_small("experiments.py", "--dataset", npz, "--device", "cpu", *words)
@@ -234,7 +235,7 @@ def test_a_grid_is_drawn_however_its_jobs_ended(slurm, clone):
     again = call("bash", "run_all.sh", *words, cwd=clone)
     assert again.count("queued already") == 2 and "nothing to submit" in again
     assert ended(plot)["JobState"] == "COMPLETED", log(clone, plot)
-    assert [ended(number)["ExitCode"] for number in numbers] == ["0:0", f"{runs.DIVERGED}:0"]
+    assert [ended(number)["ExitCode"] for number in numbers] == ["0:0", f"{cli.DIVERGED}:0"]
     assert (clone / "grid/figure.png").exists() and (clone / "grid/table.md").exists()
     third = call("bash", "run_all.sh", "--dry-run", *words, cwd=clone)
     assert third.count("complete: grid/") == 2 and third.count("sbatch ") == 1
@@ -261,14 +262,14 @@ def test_a_job_without_progress_is_not_requeued(slurm, clone):
     time.sleep(1)  # Python has to be there; torch's import takes longer
     call("scancel", "--batch", "--signal=USR1", number)
     state = ended(number)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", f"{runs.SAVED}:0", "0")
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", f"{cli.SAVED}:0", "0")
     assert "no progress" in log(clone, number)
 
 
 def test_a_job_that_fails_is_not_requeued(slurm, clone):
     number = sbatch(clone, "--", "--dataset", "missing.npz")
     state = ended(number)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", f"{runs.BAD_INPUT}:0", "0")
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", f"{cli.BAD_INPUT}:0", "0")
     assert "missing.npz" in log(clone, number)
 
 
@@ -302,5 +303,5 @@ def test_split_jobs_are_cancelled_when_the_cnn_fails(slurm, clone):
     text = call("bash", "run_all.sh", *words, cwd=clone)
     cnn, array, plot = re.findall(r"^job (\d+): ", text, re.M)
     ended(plot)
-    assert job(cnn)["ExitCode"] == f"{runs.BAD_INPUT}:0" and job(array)["JobState"] == "CANCELLED"
+    assert job(cnn)["ExitCode"] == f"{cli.BAD_INPUT}:0" and job(array)["JobState"] == "CANCELLED"
     assert "left out" in log(clone, plot)

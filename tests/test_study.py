@@ -9,7 +9,8 @@ import torch
 from checkpoints import load, load_history
 from data import load_data, synthetic
 from measure import KEYS
-from runs import Settings, Stop, log_spaced_epochs
+from cli import Stop
+from runs import Settings, log_spaced_epochs
 from small_study import run, small_cnn
 from train import epoch_order
 
