@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import LocallyConnected2d, layer_shapes, pair
+from models import Geometry, LocallyConnected2d, layer_shapes, pair
 
 
 class Stage(nn.Module):
@@ -27,15 +27,11 @@ class Stage(nn.Module):
         self.layer, self.padding, self.outputs, self.pool, self.relu = layer, padding, outputs, pool, relu
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, (top, left) = self.layer, self.padding
+        layer = self.layer
         if isinstance(layer, LocallyConnected2d):
             x = layer.compute(x, self.padding, self.outputs)
         else:
-            height, width = (
-                (o - 1) * s + d * (k - 1) + 1
-                for o, s, d, k in zip(self.outputs, layer.stride, layer.dilation, layer.kernel_size)
-            )
-            x = F.pad(x, (left, width - left - x.shape[3], top, height - top - x.shape[2]))  # negative: crop
+            x = Geometry(layer.kernel_size, layer.stride, self.padding, layer.dilation, self.outputs).pad(x)
             x = F.conv2d(x, layer.weight, layer.bias, layer.stride, 0, layer.dilation)
         x = x if self.pool is None else self.pool(x)
         return x.relu() if self.relu else x

@@ -184,13 +184,21 @@ class LocallyConnected2d(nn.Module):
 
 
 class Geometry(NamedTuple):
-    """Where a locally connected layer reads; each a pair (vertical, horizontal)."""
+    """Where a locally connected layer, or a convolution, reads; each a pair (vertical, horizontal)."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]  # zeros above and to the left
     dilation: tuple[int, int]
     outputs: tuple[int, int]  # how many output rows and columns to compute
+
+    def pad(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) with its padding and without what the outputs do not read."""
+        height, width = (
+            (o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(self.outputs, self.stride, self.kernel, self.dilation)
+        )
+        (top, left), (_, _, h, w) = self.padding, x.shape
+        return F.pad(x, (left, max(0, width - left - w), top, max(0, height - top - h)))[:, :, :height, :width]
 
     def products(self, height: int, width: int) -> Iterator[tuple[slice, int, int, slice, slice, slice]]:
         """Cut the layer on an input of (height, width) into matrix products that leave out the padding.
@@ -225,11 +233,7 @@ def _matrices(weight: Tensor, kernel: tuple[int, int]) -> Tensor:
 
 def _patches(x: Tensor, g: Geometry) -> Tensor:
     """What every output position sees of x (N, C_in, H, W), as (H_out, W_out, N, k_h * k_w * C_in)."""
-    height, width = (
-        (o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(g.outputs, g.stride, g.kernel, g.dilation)
-    )
-    (top, left), (_, _, h, w) = g.padding, x.shape
-    x = F.pad(x, (left, max(0, width - left - w), top, max(0, height - top - h)))[:, :, :height, :width]
+    x = g.pad(x)
     for dim in (0, 1):
         x = x.unfold(dim + 2, (g.kernel[dim] - 1) * g.dilation[dim] + 1, g.stride[dim])[..., :: g.dilation[dim]]
     return x.permute(2, 3, 0, 4, 5, 1).flatten(3)

@@ -5,10 +5,11 @@
     python benchmarks/step.py --device cuda --precision tf32         on a GPU; not yet run on one
 
 A step is forward, backward and SGD on one batch of 250 images. Before anything is timed, every implementation starts
-from the same weights, takes three steps and has to meet the reference's losses. Then rounds: in each, the machine's
-own matrix product and every implementation, one after another, so that all see the same machine. Ratios are taken
-within a round; medians over the rounds are printed, with the smallest and the largest. Memory is the peak of a fresh
-process that holds the whole data set and takes two steps (on CUDA what torch allocated), the data set not counted.
+from the same weights, and its loss before and after one step has to be the reference's. Then rounds: in each, the
+machine's own matrix product and every implementation, one after another, so that all see the same machine. Ratios are
+taken within a round; medians over the rounds are printed, with the smallest and the largest. Memory is the peak of a
+fresh process that holds the whole data set and takes two steps (on CUDA what torch allocated), the data set not
+counted.
 JAX and tf-keras are optional: pip install -r benchmarks/requirements.txt
 """
 
