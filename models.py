@@ -32,12 +32,13 @@ def skinnyprime(num_classes: int = 10) -> ConvNet:
 
     Source: the released code of arXiv:2206.05317, after arXiv:1906.06766.
     """
-    return ConvNet(
+    convolutions = [
         nn.ZeroPad2d(2), nn.Conv2d(3, 64, 4, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2),  # 64 x 17 x 17, then 8 x 8
         nn.ZeroPad2d(2), nn.Conv2d(64, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2),           # 64 x 8 x 8, then 3 x 3
         nn.ZeroPad2d(1), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.MaxPool2d(3, 2),           # 64 x 3 x 3, then 1 x 1
-        nn.Flatten(), nn.Linear(64, num_classes),
-    )  # fmt: skip
+    ]  # fmt: skip
+    torch.randn(1, 3, 32, 32)  # the released network measures itself with an image here: same seed, same weights
+    return ConvNet(*convolutions, nn.Flatten(), nn.Linear(64, num_classes))
 
 
 def layer_shapes(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
