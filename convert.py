@@ -1,116 +1,154 @@
-"""Untie a run's CNN into locally connected networks (eLCNs) and train them.
+"""Convert a run's CNN, by default into locally connected networks (eLCNs), and train on from there.
 
-    python convert.py RUN [--split 28 ...]
+    python convert.py RUN [--split 28 ...] [--convert_to lc tied cnn ...]
 
 RUN is a directory that experiments.py made; its settings come from RUN/config.json. All of the run's splits are
 converted unless some are named; each needs the CNN's checkpoint of that epoch. Several processes may train different
-splits of one run at once.
+networks of one run at once.
 """
 
 import argparse
-import copy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from cli import COMPLETE, DIVERGED, Interrupt, Parser, Stop, finish
-from runs import Settings, checkpoint_path, label, lock_network, network_directory, read_status
+from rnorm.cli import COMPLETE, DIVERGED, ENVIRONMENT, Parser, Stop, check_signals, finish, note_signals, stopping_at_once
 
 if __name__ == "__main__":
-    INTERRUPT = Interrupt()  # torch takes seconds to import; a signal in that time must not be lost
+    note_signals()  # torch takes seconds to import; a signal in that time must not be lost
 
 import torch
 from torch import nn
 
-from checkpoints import Damaged, Track, load, load_weights
-from data import load_data
-from measure import logits_of
-from models import LocallyConnected2d, layer_shapes, skinnyprime
-from train import Session, pick_device, set_precision, train
-
-COPIED = (
-    nn.ZeroPad2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.Dropout,
-    nn.Dropout2d, nn.Flatten, nn.Linear,
-)  # fmt: skip
-
-
-def untie(net: nn.Sequential, image_shape: tuple[int, ...]) -> nn.Sequential:
-    """The equivalent locally connected network (eLCN) of `net`, for images of shape (C, H, W); `net` stays as it is.
-
-    Every Conv2d becomes a LocallyConnected2d with the same filter at each position; the layers in COPIED are copied.
-    Raises Stop, naming the layer, for any other. Source: arXiv:1906.06766, section 2.
-    """
-    for i, layer in enumerate(net):
-        if type(layer) is not nn.Conv2d and type(layer) not in COPIED:
-            raise Stop(f"layer {i}, {type(layer).__name__}, cannot be untied; see COPIED in convert.py")
-    shapes = layer_shapes(net, image_shape)
-    layers = []
-    for i, layer in enumerate(net):
-        try:
-            is_conv = type(layer) is nn.Conv2d
-            layers.append(LocallyConnected2d.from_conv2d(layer, shapes[i][1:]) if is_conv else copy.deepcopy(layer))
-        except ValueError as error:
-            raise Stop(f"layer {i} cannot be untied: {error}") from None
-    return nn.Sequential(*layers)
+from models import IMAGE_SHAPE, load_network, make_network
+from rnorm.checkpoints import Track
+from rnorm.conversions import CONVERSIONS, find_conversion, layers_of
+from rnorm.data import Data, NoData, load_data
+from rnorm.devices import DeviceError, pick_device, set_precision
+from rnorm.files import RnormError, lock_directory
+from rnorm.measure import evaluate, logits_of, training_flop
+from rnorm.runs import Member, Settings, diverged_at, read_config
+from train import Session, make_step, train, train_epoch
 
 
-def largest_difference(net: nn.Module, untied: nn.Module, x: torch.Tensor) -> float:
+def largest_difference(a: nn.Module, b: nn.Module, x: torch.Tensor) -> float:
     """The largest difference of two networks' logits on images `x`, relative to the largest logit."""
-    logits = logits_of(net, x)
-    return ((logits_of(untied, x) - logits).abs().max() / logits.abs().max()).item()
+    logits = logits_of(a, x)
+    return ((logits_of(b, x) - logits).abs().max() / logits.abs().max()).item()
+
+
+def cnn_track(session: Session) -> Track:
+    """The run's CNN at its start, before any training."""
+    settings = session.settings
+    torch.manual_seed(settings.seed)
+    cnn = make_network(settings.network, session.data.num_classes)
+    cnn.to(session.device, memory_format=torch.channels_last)
+    return Track(session.run, Member(settings), cnn, [settings.cnn_lr] * len(list(cnn.parameters())))
 
 
 def load_cnn(session: Session, epoch: int) -> nn.Module:
-    """The run's CNN after `epoch` epochs; raises Stop if its checkpoint is missing or damaged."""
-    path = checkpoint_path(session.run, None, epoch)
-    cnn = session.make_cnn(session.data.num_classes).to(session.device)
-    try:
-        load_weights(cnn, load(path))
-    except FileNotFoundError:
-        raise Stop(f"{path} does not exist; train the CNN that far first (experiments.py)") from None
-    except Damaged as damage:
-        raise Stop(f"{path} is damaged ({damage}); repeat the run's experiments.py command to make it anew") from None
-    return cnn
+    """The run's CNN after `epoch` epochs; a checkpoint that was deleted or is damaged is made anew.
 
-
-def convert_and_train(session: Session, split: int) -> bool:
-    """Untie the run's CNN after `split` epochs and train the eLCN to its end; returns whether its loss stays finite.
-
-    Goes on from where an earlier call was stopped. Raises Stop if the CNN's checkpoint is missing or damaged, or if
-    the untied network does not compute the CNN's function on a batch of the training data.
+    Raises RnormError if the CNN has not been trained that far.
     """
-    session.interrupt.check()
-    run, settings = session.run, session.settings
-    cnn = load_cnn(session, split)
-    untied = untie(cnn.net, session.image_shape)
-    with lock_network(network_directory(run, split)):
-        track = Track(run, split, untied, settings.lc_lr, settings.elcn_epochs, settings.elcn_evaluations, session.keep)
+    path = Member(session.settings).checkpoint(session.run, epoch)
+    track = cnn_track(session)
+    if not track.has(epoch):
+        if epoch not in track.recorded_epochs():
+            raise RnormError(f"{path} does not exist; train the CNN that far first (experiments.py)")
+        with lock_directory(session.run):
+            remake(track, epoch, session)
+    return load_network(path).to(session.device, memory_format=torch.channels_last)
+
+
+def remake(track: Track, epoch: int, session: Session) -> None:
+    """Train the CNN again from the newest good checkpoint before `epoch`, and write that of `epoch` alone."""
+    track.restore_before(epoch)
+    print(f"CNN: {track.path(epoch).name} is not on disk; it is made anew from epoch {track.epoch}")
+    step = make_step(track, session)
+    if not track.history:
+        track.append(evaluate(track.net, step.net, session.data))
+    while track.epoch < epoch:
+        train_epoch(track, step, session)
+        track.append(evaluate(track.net, step.net, session.data))
+    track.write(track.path(epoch))
+
+
+def convert_and_train(session: Session, member: Member) -> bool:
+    """Convert the run's CNN after `member.split` epochs and train the result; returns whether its loss stays finite.
+
+    Goes on from where an earlier call was stopped. Raises RnormError if the CNN has not come that far, and Stop if the
+    converted network does not compute the CNN's function on a batch of the training data.
+    """
+    check_signals()
+    run, settings, image_shape = session.run, session.settings, session.data.image_shape
+    conversion = find_conversion(member.conversion)
+    set_precision(settings.precision)
+    cnn = load_cnn(session, member.split)
+    model = conversion.convert(cnn, image_shape)
+    rates = conversion.rates(layers_of(model), image_shape, member.lr)
+    with lock_directory(member.directory(run)):
+        track = Track(run, member, model, rates, session.keep)
         track.restore()
         if not track.history:
             set_precision("float32")
-            difference = largest_difference(cnn, untied, session.data.x_train[: settings.batch_size])
+            difference = largest_difference(cnn, model, session.data.x_train[: settings.batch_size])
             if not difference <= 1e-5:
-                raise Stop(f"{label(split)}: its logits differ from the CNN's by {difference:.1e} of the largest")
+                raise Stop(f"{member.label}: its logits differ from the CNN's by {difference:.1e} of the largest")
         set_precision(settings.precision)
         return train(track, session)
 
 
-def convert_run(session: Session, splits: list[int]) -> int:
-    """`convert_and_train` for several splits, one after another; returns the exit status.
+def convert_run(session: Session, members: list[Member]) -> int:
+    """`convert_and_train` for several networks, one after another; returns the exit status.
 
     Splits past an epoch in which the CNN diverged are skipped and listed.
     """
-    diverged_at = read_status(session.run)["networks"].get(label(None), {}).get("diverged_at")
-    lacking = [split for split in splits if not checkpoint_path(session.run, None, split).exists()]
-    skipped = [] if diverged_at is None else lacking
-    finite = [convert_and_train(session, split) for split in splits if split not in skipped]
+    diverged = diverged_at(session.run, Member(session.settings))
+    status, skipped = COMPLETE, []
+    for member in members:
+        if diverged is not None and member.split >= diverged:
+            skipped.append(member.label)
+        elif not convert_and_train(session, member):
+            status = DIVERGED
     if skipped:
-        print(f"skipped, as the CNN diverged in epoch {diverged_at}: splits {' '.join(map(str, skipped))}")
-    return COMPLETE if all(finite) and not skipped else DIVERGED
+        print(f"skipped, as the CNN diverged in epoch {diverged}: {', '.join(skipped)}")
+        status = DIVERGED
+    return status
+
+
+def work_of(members: list[Member], images: int, num_classes: int) -> dict[Member, float]:
+    """The FLOP that training each network to its end takes."""
+    work, cnn = {}, make_network(members[0].settings.network, num_classes).to("meta") if members else None
+    for member in members:
+        model = cnn if member.is_cnn else find_conversion(member.conversion).convert(cnn, IMAGE_SHAPE)
+        work[member] = member.epochs * images * training_flop(layers_of(model), IMAGE_SHAPE)
+    return work
+
+
+def open_data(dataset: str, data_dir: Path, data_size: int, device: torch.device) -> Data:
+    """`data.load_data` for a script; a signal stops it at once."""
+    try:
+        with stopping_at_once():
+            return load_data(dataset, data_dir, data_size, device)
+    except NoData as error:
+        remedy = "name its directory with --data_dir, or use --dataset FILE.npz or --dataset synthetic"
+        raise Stop(f"{error}; {remedy}") from None
+
+
+def open_device(name: str) -> torch.device:
+    """`devices.pick_device` for a script."""
+    try:
+        return pick_device(name)
+    except DeviceError as error:
+        raise Stop(f"--device {name}: {error}", ENVIRONMENT) from None
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that experiments.py and convert.py share; none is part of a run's identity."""
+    parser.add_argument(
+        "--convert_to", nargs="+", default=["lc"], metavar="NAME",
+        help=f"conversions: {', '.join(CONVERSIONS)}, or lc with indices of layers, such as lc1+9 (default: lc)",
+    )  # fmt: skip
     parser.add_argument(
         "--data_dir", type=Path, default=Path("data"), metavar="DIR", help="where the images lie (default: data)"
     )
@@ -123,7 +161,18 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Module] = skinnyprime) -> int:
+def members_to_train(settings: Settings, conversions: list[str], splits: list[int]) -> list[Member]:
+    """The converted networks that a command line asks for; raises Stop for a conversion that cannot be."""
+    cnn = make_network(settings.network, 10).to("meta")
+    for name in conversions:
+        try:
+            find_conversion(name).convert(cnn, IMAGE_SHAPE)
+        except ValueError as error:
+            raise Stop(f"--convert_to {error}") from None
+    return [Member(settings, name, split) for name in dict.fromkeys(conversions) for split in sorted(set(splits))]
+
+
+def main(argv: list[str]) -> int:
     """Convert and train as the command line `argv` says; returns the exit status."""
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a directory that experiments.py made")
@@ -132,18 +181,19 @@ def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Mod
     )
     add_common_flags(parser)
     args = parser.parse_args(argv)
-    settings, config = Settings.of_run(args.run)
+    settings, config = read_config(args.run)
     splits = args.split or settings.split_epochs
     if unknown := sorted(set(splits) - set(settings.split_epochs)):
         raise Stop(f"--split {unknown[0]}: the run's splits are {' '.join(map(str, settings.split_epochs))}")
-    device = pick_device(args.device)
+    members = members_to_train(settings, args.convert_to, splits)
+    device = open_device(args.device)
     dataset = config.get("dataset_file") or settings.dataset
-    with interrupt.at_once():
-        data = load_data(dataset, args.data_dir, settings.data_size, device)
-    session = Session(args.run, settings, data, device, interrupt, args.keep, make_cnn)
+    data = open_data(dataset, args.data_dir, settings.data_size, device)
+    work = work_of(members, len(data.x_train), data.num_classes)
+    session = Session(args.run, settings, data, device, args.keep, work)
     session.begin(config.get("dataset_file"))
-    return convert_run(session, splits)
+    return convert_run(session, members)
 
 
 if __name__ == "__main__":
-    finish(main, sys.argv, INTERRUPT)
+    finish(main, sys.argv)

@@ -1,24 +1,24 @@
-"""Training: one network, from wherever it stands to its last epoch, with plain SGD, recorded and saved on the way."""
+"""Training: one network, from wherever it stands to its last epoch, recorded and saved on the way."""
 
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from checkpoints import Track
-from data import Data
-from fast import Step
-from measure import evaluate
-from models import skinnyprime
-from cli import ENVIRONMENT, Interrupt, Interrupted, Stop
-from runs import Settings, begin_session, environment, label, network_status, read_status, write_config
+from rnorm.checkpoints import Track
+from rnorm.cli import ENVIRONMENT, Interrupted, Stop, check_signals, is_out_of_memory
+from rnorm.data import Data
+from rnorm.devices import describe, several_gpus_note
+from rnorm.fast import Step
+from rnorm.measure import evaluate
+from rnorm.runs import (
+    AnotherRun, Member, Settings, begin_session, diverged_at, environment, network_status, note_network, write_config,
+)  # fmt: skip
 
 SAVE_EVERY = 30.0  # seconds of work that a killed process can lose
 
@@ -31,33 +31,20 @@ class Session:
     settings: Settings
     data: Data
     device: torch.device
-    interrupt: Interrupt
-    keep: str = "all"  # or "last": which eLCN checkpoints stay on disk
-    make_cnn: Callable[[int], nn.Module] = skinnyprime  # number of classes to a network with its layers in `net`
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        return tuple(self.data.x_train.shape[1:])
+    keep: str = "all"  # or "last": which checkpoints of converted networks stay on disk
+    work: dict[Member, float] = field(default_factory=dict)  # what this process trains, in order, and its FLOP
 
     def begin(self, dataset_file: str | None = None) -> None:
         """Write or compare config.json, and note the session in status.json."""
-        here = environment(str(self.device), torch.get_num_threads())
-        write_config(self.run, self.settings, self.data.sha256, dataset_file, here)
+        here = environment(describe(self.device), torch.get_num_threads())
+        try:
+            write_config(self.run, self.settings, self.data.sha256, dataset_file, here)
+        except AnotherRun as error:
+            remedy = "give the same data and settings, or use another --results_dir, or --fresh to delete it"
+            raise Stop(f"{error}; {remedy}") from None
         begin_session(self.run, str(self.device))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device named auto, cuda or cpu; raises Stop if it is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise Stop("--device cuda: torch finds no CUDA device here; use --device cpu, or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def set_precision(precision: str) -> None:
-    """Matrix products and convolutions in float32 throughout, or on CUDA in TF32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        if note := several_gpus_note(self.device):
+            print(f"{note}; run_all.sh --split-jobs uses more")
 
 
 def epoch_order(n: int, settings: Settings, epoch: int) -> torch.Tensor | None:
@@ -71,72 +58,80 @@ def epoch_order(n: int, settings: Settings, epoch: int) -> torch.Tensor | None:
 def train(track: Track, session: Session) -> bool:
     """Train `track` to its last epoch; returns whether its loss stayed finite.
 
-    Evaluates and checkpoints at `track.evaluations`, saves `latest.pyT` every SAVE_EVERY seconds and when
-    interrupted. Once per epoch the loss is read from the device and checked: a network that diverged ends there,
-    its history so far stays, and repeating the call finds that in status.json and trains nothing.
+    Evaluates and checkpoints at the network's evaluations, saves `latest.pyT` every SAVE_EVERY seconds and when
+    interrupted. Once per epoch the loss is read from the device and checked: a network that diverged ends there and
+    its history so far stays. Repeating the call finds that in status.json and trains nothing.
     """
-    name = label(track.split)
-    diverged = read_status(track.run)["networks"].get(name, {}).get("diverged_at")
-    evaluated = track.history.get("checkpoints", [])
-    if type(diverged) is int and evaluated == [e for e in track.evaluations if e < diverged]:
-        print(f"{name}: diverged in epoch {diverged}")
-        return False
-    if track.complete:
-        print(f"{name}: complete")
-        return True
+    member = track.member
+    if track.ended:
+        diverged = None if track.complete else diverged_at(track.run, member)
+        print(f"{member.label}: {'complete' if track.complete else f'diverged in epoch {diverged}'}")
+        return track.complete
     if track.history:
-        print(f"{name}: continues in epoch {min(track.epoch + 1, track.epochs)}")
-    step = Step(track.net, session.image_shape, track.lr)
-    progress = Progress(track, math.ceil(len(session.data.x_train) / session.settings.batch_size))
+        print(f"{member.label}: continues in epoch {min(track.epoch + 1, member.epochs)}")
+    step = make_step(track, session)
+    progress = Progress(track, session)
     try:
-        while not track.complete:
-            due = track.epoch in track.evaluations and track.epoch not in track.history.get("checkpoints", [])
-            if not due:
-                _train_epoch(track, step, session, progress)
-                if not math.isfinite(step.take_loss()):
-                    break
-                due = track.epoch in track.evaluations
-            if due and not _record(track, step, session, progress):
-                break
+        if not track.history:  # the network at its start
+            finite = evaluate_and_record(track, step, session, progress)
+        else:
+            finite = True
+        while finite and not track.complete:
+            finite = train_epoch(track, step, session, progress)
+            if finite and track.epoch in member.evaluations:
+                finite = evaluate_and_record(track, step, session, progress)
     except Interrupted:
         track.save_latest()
         raise
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         track.save_latest()
-        raise Stop(f"{name}: out of GPU memory; lower --batch_size. All before is saved", ENVIRONMENT) from None
+        message = f"{member.label}: out of memory; lower --batch_size. All before is saved"
+        raise Stop(message, ENVIRONMENT) from None
     finally:
         progress.close()
-    if track.complete:
-        network_status(track.run, track.split, state="complete", epoch=track.epoch, seconds=progress.total_seconds)
-        return True
-    track.discard_latest()
-    network_status(track.run, track.split, state="diverged", diverged_at=track.epoch, seconds=progress.total_seconds)
-    print(f"{name}: the loss is no longer finite in epoch {track.epoch}; lower its learning rate", file=sys.stderr)
-    return False
+    seconds = progress.total_seconds
+    if finite:
+        note_network(track.run, member, state="complete", epoch=track.epoch, seconds=seconds)
+    else:
+        track.discard_latest()
+        note_network(track.run, member, state="diverged", diverged_at=track.epoch, seconds=seconds)
+        lower = f"the loss is no longer finite in epoch {track.epoch}; lower its learning rate"
+        print(f"{member.label}: {lower}", file=sys.stderr)
+    return finite
 
 
-def _train_epoch(track: Track, step: Step, session: Session, progress: "Progress") -> None:
-    """Train to the end of the epoch that `track` stands in."""
+def make_step(track: Track, session: Session) -> Step:
+    return Step(track.net, session.data.image_shape, track.rates, batch_size=session.settings.batch_size)
+
+
+def train_epoch(track: Track, step: Step, session: Session, progress: "Progress | None" = None) -> bool:
+    """Train to the end of the epoch that `track` stands in; returns whether the loss is finite.
+
+    `progress`, if given, is told of every step, and `latest.pyT` is saved now and then.
+    """
     x, y, size = session.data.x_train, session.data.y_train, session.settings.batch_size
     order = epoch_order(len(x), session.settings, track.epoch)
+    if order is not None:
+        order = order.to(x.device)
     track.net.train()
     for start in range(track.step * size, len(x), size):
-        session.interrupt.check()
+        check_signals()
         batch = slice(start, start + size)
         if order is not None:
-            batch = order[batch].to(x.device)
+            batch = order[batch]
         step(x[batch], y[batch])
         track.step += 1
-        progress.bar.update()
-        if time.monotonic() - progress.last_save > SAVE_EVERY:
-            track.save_latest()
-            progress.last_save = time.monotonic()
+        if progress:
+            progress.stepped()
     track.epoch, track.step = track.epoch + 1, 0
+    return math.isfinite(step.take_loss())
 
 
-def _record(track: Track, step: Step, session: Session, progress: "Progress") -> bool:
+def evaluate_and_record(track: Track, step: Step, session: Session, progress: "Progress") -> bool:
     """Evaluate and record, unless the loss is no longer finite; returns whether it is."""
-    values = evaluate(track.net, step.net, session.data, session.interrupt.check)
+    values = evaluate(track.net, step.net, session.data)
     if not math.isfinite(values["train_loss"] + values["test_loss"]):
         return False
     track.record(values)
@@ -145,37 +140,71 @@ def _record(track: Track, step: Step, session: Session, progress: "Progress") ->
 
 
 class Progress:
-    """What a person sees of one network's training: a bar on a terminal, timestamped lines in a file."""
+    """What a person sees of one network's training: a bar on a terminal, lines with the time in a file."""
 
-    def __init__(self, track: Track, steps: int):
-        self.track, self.started, self.last_save = track, time.monotonic(), time.monotonic()
-        status = read_status(track.run)["networks"].get(label(track.split), {})
-        seconds = status.get("seconds", 0.0)
+    def __init__(self, track: Track, session: Session):
+        self.track, self.session, self.started, self.last_save = track, session, time.monotonic(), time.monotonic()
+        member = track.member
+        seconds = network_status(track.run, member).get("seconds")
         self.seconds_before = seconds if isinstance(seconds, float) else 0.0
+        steps = math.ceil(len(session.data.x_train) / session.settings.batch_size)
         self.first = track.epoch + track.step / steps
+        work = list(session.work)
+        self.place = f"network {work.index(member) + 1} of {len(work)}" if member in work else ""
+        self.later = [other for other in work[work.index(member) + 1 :] if not self._ended(other)] if self.place else []
         self.bar = tqdm(
-            total=track.epochs * steps, initial=track.epoch * steps + track.step, desc=label(track.split), unit="step",
-            disable=not sys.stdout.isatty(), file=sys.stdout, dynamic_ncols=True, mininterval=0.3,
+            total=member.epochs * steps, initial=track.epoch * steps + track.step, unit="step", file=sys.stdout,
+            desc=f"{member.label}, {self.place}" if self.place else member.label,
+            disable=not sys.stdout.isatty(), dynamic_ncols=True, mininterval=0.3,
         )  # fmt: skip
+
+    def _ended(self, member: Member) -> bool:
+        return network_status(self.track.run, member).get("state") in ("complete", "diverged")
 
     @property
     def total_seconds(self) -> float:
         """Time spent on the network, in all sessions."""
         return round(self.seconds_before + time.monotonic() - self.started, 3)
 
+    def stepped(self) -> None:
+        self.bar.update()
+        if time.monotonic() - self.last_save > SAVE_EVERY:
+            self.track.save_latest()
+            self.last_save = time.monotonic()
+
     def recorded(self, values: dict[str, float]) -> None:
-        track = self.track
+        track, member = self.track, self.track.member
         self.last_save = time.monotonic()
-        network_status(track.run, track.split, state="training", epoch=track.epoch, seconds=self.total_seconds)
-        text = f"epoch {track.epoch}/{track.epochs}, loss {values['train_loss']:.3f}, test {values['test_acc']:.2f} %"
-        if not self.bar.disable:
+        note_network(track.run, member, state="training", epoch=track.epoch, seconds=self.total_seconds)
+        text = f"epoch {track.epoch}/{member.epochs}, loss {values['train_loss']:.3f}, test {values['test_acc']:.2f} %"
+        text += self._time_left()
+        if self.bar.disable:
+            place = f" ({self.place})" if self.place else ""
+            print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {member.label}{place}: {text}", flush=True)
+        else:
             self.bar.set_postfix_str(text)
-            return
-        done = track.epoch - self.first
-        if done > 0:
-            left = (time.monotonic() - self.started) / done * (track.epochs - track.epoch)
-            text += f", {left:.0f} s left"
-        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {label(track.split)}: {text}", flush=True)
+
+    def _time_left(self) -> str:
+        """Time left to this network, and when all is done, at the present rate; empty until an epoch is done."""
+        track, work = self.track, self.session.work
+        epochs_done = track.epoch - self.first
+        if epochs_done <= 0:
+            return ""
+        left = (time.monotonic() - self.started) / epochs_done * (track.member.epochs - track.epoch)
+        if not self.later or not track.member.epochs:
+            return f", {duration(left)} left"
+        flop_per_second = work[track.member] / track.member.epochs * epochs_done / (time.monotonic() - self.started)
+        left_in_all = left + sum(work[member] for member in self.later) / flop_per_second
+        end = datetime.now() + timedelta(seconds=left_in_all)
+        return f", {duration(left)} left, {duration(left_in_all)} in all, until {end:%a %H:%M}"
 
     def close(self) -> None:
         self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,7 +1,8 @@
-"""The images: CIFAR-10, an .npz file of one's own, or the embedded synthetic set; on the device once, as tensors."""
+"""The images: data sets by name, or an .npz file; normalised and on the device once, as tensors."""
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli import Stop
-from runs import Lock
+from rnorm.files import Lock, RnormError
 
-MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10; every data set is normalised with these
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+class NoData(RnormError):
+    """A data set is not where it was looked for."""
 
 
 @dataclass
 class Data:
-    """Normalised images (N, 3, 32, 32), float32 and channels-last in memory, and labels (N,), int64."""
+    """Normalised images (N, 3, 32, 32), channels-last in memory, and labels (N,), int64."""
 
     x_train: Tensor
     y_train: Tensor
@@ -27,30 +30,57 @@ class Data:
     num_classes: int
     sha256: str  # of the whole data set's arrays, before data_size is applied
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return tuple(self.x_train.shape[1:])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from: a function of the data directory that returns its ARRAYS, and its normalisation."""
+
+    arrays: Callable[[Path], dict[str, np.ndarray]]
+    mean: tuple[float, float, float] = (0.491, 0.482, 0.447)  # of CIFAR-10
+    std: tuple[float, float, float] = (0.247, 0.243, 0.262)
+
 
 def load_data(dataset: str, data_dir: Path, data_size: int, device: torch.device) -> Data:
-    """Load a data set and put it on `device`: `cifar10`, `synthetic`, or the path of an .npz file.
+    """Load a data set, one of DATASETS or the path of an .npz file, and put it on `device`.
 
-    `data_size` is how many training images to use, from the first on; 0 for all. Raises Stop on bad input.
+    `data_size` is how many training images to use, from the first on; 0 for all. Raises RnormError if the data are not
+    there or not what they should be.
     """
-    arrays = {"cifar10": cifar10, "synthetic": synthetic}.get(dataset, npz)(Path(data_dir), dataset)
-    if data_size > len(arrays["x_train"]):
-        raise Stop(f"--data_size {data_size}: there are only {len(arrays['x_train'])} training images; use 0 for all")
+    source = DATASETS.get(dataset) or Source(lambda data_dir: npz(data_dir, dataset))
+    arrays = source.arrays(Path(data_dir))
+    check_data_size(data_size, len(arrays["x_train"]))
     num_classes = int(arrays["y_train"].max()) + 1
     digest = hashlib.sha256()
     for name in ARRAYS:
         digest.update(np.ascontiguousarray(arrays[name]).data)
+    if data_size:
+        arrays |= {name: arrays[name][:data_size] for name in ("x_train", "y_train")}
     tensors = {}
     for part in ("train", "test"):
-        count = data_size or None if part == "train" else None
-        x = torch.from_numpy(arrays[f"x_{part}"][:count]).to(device, torch.float32).div_(255)  # (N, 32, 32, 3)
-        x.sub_(torch.tensor(MEAN, device=device)).div_(torch.tensor(STD, device=device))
+        x = torch.from_numpy(arrays[f"x_{part}"]).to(device, torch.float32).div_(255)  # (N, 32, 32, 3)
+        x.sub_(torch.tensor(source.mean, device=device)).div_(torch.tensor(source.std, device=device))
         tensors[f"x_{part}"] = x.permute(0, 3, 1, 2)
-        tensors[f"y_{part}"] = torch.from_numpy(arrays[f"y_{part}"][:count]).to(device)
+        tensors[f"y_{part}"] = torch.from_numpy(arrays[f"y_{part}"]).to(device)
     return Data(**tensors, num_classes=num_classes, sha256=digest.hexdigest())
 
 
-def cifar10(data_dir: Path, _: str) -> dict[str, np.ndarray]:
+def check_data_size(data_size: int, images: int) -> None:
+    """Raise RnormError if there are fewer training images than asked for."""
+    if data_size > images:
+        raise RnormError(f"data_size {data_size}: there are only {images} training images; use 0 for all")
+
+
+def dataset_name(dataset: str) -> str:
+    """A data set's name in settings: of a file the stem, unless a built-in data set is called like that."""
+    stem = Path(dataset).stem
+    return Path(dataset).name if stem in DATASETS and dataset != stem else stem
+
+
+def cifar10(data_dir: Path) -> dict[str, np.ndarray]:
     """CIFAR-10 as arrays, through torchvision, downloaded into `data_dir` if it is not there."""
     from torchvision.datasets import CIFAR10  # only here: it is slow to import
 
@@ -61,47 +91,41 @@ def cifar10(data_dir: Path, _: str) -> dict[str, np.ndarray]:
             data_dir.mkdir(parents=True, exist_ok=True)
             with Lock(data_dir, wait=True):  # many jobs may start at once
                 parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
-    except Stop:
-        raise
     except Exception as error:  # no network, no space, a truncated or foreign archive, ...
         here = [p for p in (data_dir / "cifar-10-python.tar.gz", data_dir / "cifar-10-batches-py") if p.exists()]
         if here:
-            raise Stop(f"CIFAR-10 in {data_dir} is damaged ({_line(error)}); delete {here[0]} and try again") from None
-        raise Stop(
-            f"no CIFAR-10 in {data_dir} and it cannot be downloaded ({_line(error)}); name its directory with "
-            "--data_dir, or use --dataset FILE.npz or --dataset synthetic"
-        ) from None
-    return {
-        f"{letter}_{part}": array
-        for part, source in zip(("train", "test"), parts)
-        for letter, array in (("x", source.data), ("y", np.array(source.targets, np.int64)))
-    }
+            raise NoData(f"CIFAR-10 in {data_dir} is damaged ({_line(error)}); delete {here[0]} and try again") from None
+        raise NoData(f"no CIFAR-10 in {data_dir}, and it cannot be downloaded ({_line(error)})") from None
+    arrays = {}
+    for part, source in zip(("train", "test"), parts):
+        arrays |= {f"x_{part}": source.data, f"y_{part}": np.array(source.targets, np.int64)}
+    return arrays
 
 
 def npz(data_dir: Path, dataset: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz file: x_* uint8 (N, 32, 32, 3), y_* integers 0 .. c-1; looked for in `data_dir` too."""
     path = next((p for p in (Path(dataset), data_dir / Path(dataset).name) if os.path.isfile(p)), None)
     if path is None or not dataset.endswith(".npz"):
-        raise Stop(f"--dataset {dataset}: neither cifar10 nor synthetic, nor an .npz file that exists")
+        raise NoData(f"{dataset} is neither a data set ({', '.join(DATASETS)}) nor an .npz file that exists")
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in ARRAYS if name not in file]
             arrays = {} if missing else {name: np.asarray(file[name]) for name in ARRAYS}
     except Exception as error:  # truncated, no zip, objects, impossible sizes: numpy raises many kinds
-        raise Stop(f"{path} cannot be read ({_line(error)}); it has to be a plain numpy.savez file") from None
+        raise RnormError(f"{path} cannot be read ({_line(error)}); it has to be a plain numpy.savez file") from None
     if missing:
-        raise Stop(f"{path} lacks {', '.join(missing)}; it has to hold {', '.join(ARRAYS)}")
+        raise RnormError(f"{path} lacks {', '.join(missing)}; it has to hold {', '.join(ARRAYS)}")
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or not len(x):
-            raise Stop(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N at least 1")
+            raise RnormError(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N at least 1")
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            raise Stop(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be integers ({len(x)},), one per image")
+            raise RnormError(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be integers ({len(x)},), one per image")
     classes = np.unique(arrays["y_train"])
     if len(classes) < 3 or classes[0] != 0 or classes[-1] != len(classes) - 1:
-        raise Stop(f"{path}: the labels in y_train have to be 0, 1, ..., c-1, each at least once, and c at least 3")
+        raise RnormError(f"{path}: the labels in y_train have to be 0, 1, ..., c-1, each at least once, and c at least 3")
     if arrays["y_test"].min() < 0 or arrays["y_test"].max() >= len(classes):
-        raise Stop(f"{path}: y_test has labels outside 0 to {len(classes) - 1}, the classes of y_train")
+        raise RnormError(f"{path}: y_test has labels outside 0 to {len(classes) - 1}, the classes of y_train")
     return arrays | {name: arrays[name].astype(np.int64) for name in ("y_train", "y_test")}
 
 
@@ -110,7 +134,7 @@ def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def synthetic(_: Path = Path(), __: str = "", train: int = 2000, test: int = 1000) -> dict[str, np.ndarray]:
+def synthetic(train: int = 2000, test: int = 1000) -> dict[str, np.ndarray]:
     """Ten classes of images in which the evidence is local and lies anywhere: made by code, from a fixed seed.
 
     A class is a 7 x 7 coloured pattern. An image holds its class's pattern four times and another's once, at random
@@ -135,3 +159,6 @@ def synthetic(_: Path = Path(), __: str = "", train: int = 2000, test: int = 100
         arrays[f"x_{part}"] = np.clip(128 + 50 * x, 0, 255).astype(np.uint8)
         arrays[f"y_{part}"] = y.astype(np.int64)
     return arrays
+
+
+DATASETS = {"cifar10": Source(cifar10), "synthetic": Source(lambda data_dir: synthetic())}

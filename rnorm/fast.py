@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import Geometry, LocallyConnected2d, layer_shapes, pair
+from rnorm.layers import Geometry, LocallyConnected2d, layer_shapes, pair
 
 
 class Stage(nn.Module):
@@ -104,9 +104,10 @@ class Step:
     the device: the losses are added up there in `loss_sum`, which `take_loss` reads.
     """
 
-    def __init__(self, net: nn.Sequential, image_shape: tuple[int, ...], lr: float):
+    def __init__(self, net: nn.Sequential, image_shape: tuple[int, ...], lr, batch_size=0):
         keep_freed_memory()
-        self.net, self.lr = streamline(net, image_shape), lr
+        self.net, self.lr = streamline(net, image_shape), lr[0]
+        self.lrs=lr
         self.untied = [m for m in net.modules() if isinstance(m, LocallyConnected2d)]
         self.loss_sum = torch.zeros((), device=next(net.parameters()).device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -139,9 +140,9 @@ class Step:
         self.net.zero_grad()
         loss.backward()
         with torch.no_grad():
-            for parameter in self.net.parameters():
+            for parameter, lr in zip(self.net.parameters(), self.lrs):
                 if parameter.grad is not None:  # those of fused layers have none
-                    parameter.sub_(parameter.grad, alpha=self.lr)
+                    parameter.sub_(parameter.grad, alpha=lr)
             self.loss_sum += loss
 
     def _capture(self, x: Tensor, y: Tensor) -> None:

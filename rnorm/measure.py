@@ -4,14 +4,14 @@ Source of the definitions: arXiv:2206.05317, section 5 (the R-norm experiment), 
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Data
-from models import LocallyConnected2d, layer_shapes
+from rnorm.cli import check_signals
+from rnorm.data import Data
+from rnorm.layers import LocallyConnected2d, layer_shapes
 
 EVALUATION_BATCH = 500  # images per forward pass; no result depends on it beyond rounding
 
@@ -85,28 +85,28 @@ def _root_ratio(part: float, whole: float) -> float:
     return math.sqrt(part / whole) if whole > 0 else 0.0
 
 
-def logits_of(net: nn.Module, x: Tensor, interrupted: Callable[[], None] = lambda: None) -> Tensor:
-    """Logits (N, c) in eval mode; `interrupted` is called between batches and may raise."""
+def logits_of(net: nn.Module, x: Tensor) -> Tensor:
+    """Logits (N, c) in eval mode. Raises cli.Interrupted between batches once a signal has come."""
     training = net.training
     net.eval()
     try:
         with torch.no_grad():
             batches = []
             for batch in x.split(EVALUATION_BATCH):
-                interrupted()
+                check_signals()
                 batches.append(net(batch))
             return torch.cat(batches)
     finally:
         net.train(training)
 
 
-def evaluate(net: nn.Sequential, fast: nn.Module, data: Data, interrupted: Callable[[], None] = lambda: None) -> dict:
+def evaluate(net: nn.Sequential, fast: nn.Module, data: Data) -> dict[str, float]:
     """All recorded quantities but `checkpoints`, as Python numbers; the order of `KEYS`.
 
     `net` holds the weights, `fast` computes the same function (`fast.streamline`, or `net` itself).
     """
     values = {}
-    logits = {"train": logits_of(fast, data.x_train, interrupted), "test": logits_of(fast, data.x_test, interrupted)}
+    logits = {"train": logits_of(fast, data.x_train), "test": logits_of(fast, data.x_test)}
     for name, y in (("train", data.y_train), ("test", data.y_test)):
         losses = F.cross_entropy(logits[name].double(), y)
         values[f"{name}_loss"] = losses.item()
@@ -116,7 +116,7 @@ def evaluate(net: nn.Sequential, fast: nn.Module, data: Data, interrupted: Calla
     train_margins = multiclass_margins(logits["train"], data.y_train).double()
     values["multiclass_margin_train"] = train_margins.mean().item()
     values["multiclass_margin_train_min"] = train_margins.min().item()
-    weight_norms = norms(net, tuple(data.x_test.shape[1:]))
+    weight_norms = norms(net, data.image_shape)
     margin = values["margin"] if values["margin"] > 0 else math.nan
     values["norm"], values["log_prod_norm"] = weight_norms.pop("norm"), weight_norms.pop("log_prod_norm")
     values["norm_margin_normalized"] = values["norm"] / margin

@@ -1,0 +1,1 @@
+"""What the study's scripts stand on. `rnorm.layers.LocallyConnected2d` is for anyone's network."""

@@ -1,0 +1,276 @@
+"""Checkpoints and histories: written whole, read with suspicion, and enough to continue a network from."""
+
+import io
+import sys
+import warnings
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rnorm.conversions import layers_of
+from rnorm.files import Damaged, set_aside, write_file
+from rnorm.measure import KEYS
+from rnorm.runs import Member, diverged_at
+
+
+def save(content: dict, path: Path) -> None:
+    """`torch.save`, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load(path: Path) -> dict:
+    """A .pyT or .hist file's dict, of this repository or of the released code, its tensors on the CPU.
+
+    Raises Damaged for a file that is truncated, altered, holds anything that would run code, or is no such dict.
+    """
+    file = io.BytesIO(path.read_bytes())  # an error here is the disk's; an error below is the file's
+    try:
+        if zipfile.is_zipfile(file):  # the legacy format, before torch 1.6, is not a zip and has no checksum
+            with zipfile.ZipFile(file) as parts:
+                if bad := parts.testzip():  # torch itself does not look at the CRC-32
+                    raise Damaged(f"wrong checksum in {bad}")
+                if any(part.external_attr & 0x10 for part in parts.infolist()):  # torch reads nothing from a directory
+                    raise Damaged("a tensor is marked as a directory")
+        file.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said in one line, below
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Damaged:
+        raise
+    except Exception as error:  # a hostile file can raise anything
+        reason = "it holds more than tensors and numbers" if "eights only" in str(error) else type(error).__name__
+        raise Damaged(reason) from None
+    if not isinstance(content, dict):
+        raise Damaged("it is not a dict")
+    return content
+
+
+def check_weights(model: nn.Module, checkpoint: dict) -> None:
+    """Raise Damaged if a loaded checkpoint's weights do not fit `model`."""
+    try:
+        weights, own = checkpoint["weights"], model.state_dict()
+        for key in {**own, **weights}:
+            if not isinstance(weights[key], Tensor) or weights[key].shape != own[key].shape:
+                raise Damaged(f"its weights do not fit the network: shape of {key}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"its weights do not fit the network: {' '.join(str(error).split())[:200]}") from None
+
+
+def load_weights(model: nn.Module, checkpoint: dict) -> None:
+    """Put a loaded checkpoint's weights into `model`; raises Damaged, and changes nothing, if they do not fit it."""
+    check_weights(model, checkpoint)
+    model.load_state_dict(checkpoint["weights"])
+
+
+def load_history(path: Path, member: Member) -> dict[str, list]:
+    """The history of `member`; raises Damaged unless it is a dict of lists of numbers, all as long as `checkpoints`,
+    which are the network's evaluations as far as they have come."""
+    return check_history(load(path), member)
+
+
+def check_history(history: object, member: Member) -> dict[str, list]:
+    """`history`, if it is one of `member`; raises Damaged otherwise."""
+    if not isinstance(history, dict) or not isinstance(history.get("checkpoints"), list):
+        raise Damaged("it is not a history")
+    length = len(history["checkpoints"])
+    for key, values in history.items():
+        if not isinstance(key, str) or not isinstance(values, list) or len(values) != length:
+            raise Damaged(f"its lists are not all of length {length}")
+        if not all(type(value) in (int, float) for value in values):
+            raise Damaged(f"{key} is not a list of numbers")
+    if not set(KEYS) <= set(history) or history["checkpoints"] != member.evaluations[:length]:
+        raise Damaged("it is not this network's history")
+    return history
+
+
+def sgd_state(rates: list[float]) -> dict:
+    """The state dict of `torch.optim.SGD` with a learning rate for each parameter.
+
+    Written by hand: to make the optimizer itself imports torch's compiler, 2 seconds in every process.
+    """
+    off = {"momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, "maximize": False, "foreach": None,
+           "differentiable": False, "fused": None}  # fmt: skip
+    groups = []
+    for lr in dict.fromkeys(rates):  # a group of parameters for each rate
+        groups.append({"lr": lr, **off, "params": [i for i, rate in enumerate(rates) if rate == lr]})
+    return {"state": {}, "param_groups": groups}
+
+
+@dataclass
+class Track:
+    """One network's training, as far as it has come, and its files.
+
+    Every checkpoint holds the history up to itself, so any one of them is enough to continue from.
+    """
+
+    run: Path
+    member: Member
+    model: nn.Module
+    rates: list[float]  # learning rates, one for each parameter
+    keep: str = "all"  # or "last": which checkpoints stay on disk
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the next epoch
+    history: dict[str, list] = field(default_factory=dict)
+    on_disk: tuple[int, int] = (0, 0)  # the epoch and step of the last state that was written or read
+
+    @property
+    def net(self) -> nn.Sequential:
+        return layers_of(self.model)
+
+    @property
+    def evaluated(self) -> list[int]:
+        """The epochs whose evaluation is in the history."""
+        return self.history.get("checkpoints", [])
+
+    @property
+    def complete(self) -> bool:
+        return self.evaluated[-1:] == [self.member.epochs]
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train: the network is complete, or status.json says that it diverged."""
+        return bool(self.history) and self._ended(self.history)
+
+    def path(self, epoch: int) -> Path:
+        return self.member.checkpoint(self.run, epoch)
+
+    @property
+    def latest(self) -> Path:
+        return self.member.latest(self.run)
+
+    def write(self, path: Path) -> None:
+        """Write the whole state. Tensors are written as the CPU's: what is on disk does not depend on the device."""
+        weights = self.model.state_dict()
+        for name, tensor in weights.items():
+            weights[name] = tensor.cpu()
+        state = {
+            "weights": weights,
+            "optimizer": sgd_state(self.rates),
+            "epoch": self.epoch,
+            "step": self.step,
+            "history": self.history,
+        }
+        save(state, path)
+        self.on_disk = (self.epoch, self.step)
+
+    def save_latest(self) -> None:
+        """Save the unfinished network, unless it is on disk as it stands or has not been evaluated yet."""
+        if self.history and self.on_disk != (self.epoch, self.step):
+            self.write(self.latest)
+
+    def discard_latest(self) -> None:
+        self.latest.unlink(missing_ok=True)
+
+    def append(self, values: dict[str, float]) -> None:
+        """Append an evaluation to the history."""
+        values = {"checkpoints": self.epoch, **values}
+        self.history = {key: [*self.history.get(key, []), value] for key, value in values.items()}
+
+    def record(self, values: dict[str, float]) -> None:
+        """Append an evaluation and write checkpoint and history; delete what is no longer needed."""
+        self.append(values)
+        self.write(self.path(self.epoch))
+        save(self.history, self.member.history(self.run))
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if self.keep == "last":
+            for epoch in self.evaluated[:-1]:
+                self.path(epoch).unlink(missing_ok=True)
+        if self.complete:
+            self.discard_latest()
+
+    def restore(self) -> None:
+        """Continue from the newest good state on disk, if there is any; damaged files met on the way are set aside.
+
+        A network whose history is complete stays complete, whichever of its checkpoints are missing.
+        """
+        recorded = self._read_history()
+        self._take_newest(self.member.epochs)
+        state = self._read(self.latest)
+        if state and (state["epoch"], state["step"]) > (self.epoch, self.step):
+            self._take(state)
+        if recorded and self._ended(recorded):
+            self.history = recorded
+        elif self.history and repr(recorded) != repr(self.history):  # repr: NaN equals NaN
+            save(self.history, self.member.history(self.run))
+        elif recorded and not self.history:
+            print(f"{self.member.label}: no checkpoint is left to continue from; it starts over", file=sys.stderr)
+        self._say_what_is_missing()
+        if self.history:
+            self._tidy()
+
+    def has(self, epoch: int) -> bool:
+        """Whether the checkpoint of `epoch` is on disk and good; a damaged one is set aside."""
+        return self._read(self.path(epoch)) is not None
+
+    def recorded_epochs(self) -> list[int]:
+        """The epochs in the history on disk."""
+        return (self._read_history() or {"checkpoints": []})["checkpoints"]
+
+    def restore_before(self, epoch: int) -> None:
+        """Continue from the newest good checkpoint at or before `epoch`; the start, if there is none."""
+        self._take_newest(epoch)
+
+    def _take_newest(self, last: int) -> None:
+        for epoch in reversed(self.member.evaluations):
+            if epoch <= last and (state := self._read(self.path(epoch))):
+                self._take(state)
+                return
+
+    def _take(self, state: dict) -> None:
+        load_weights(self.model, state)
+        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+        self.on_disk = (self.epoch, self.step)
+
+    def _read(self, path: Path) -> dict | None:
+        """The state in `path`; None if there is none, or no good one, which is set aside."""
+        try:
+            state = load(path)
+            epoch, step = state.get("epoch"), state.get("step")
+            if not (type(epoch) is int and type(step) is int and 0 <= epoch <= self.member.epochs and step >= 0):
+                raise Damaged("it does not say how far training had come")
+            evaluated = check_history(state.get("history"), self.member)["checkpoints"]
+            due = [e for e in self.member.evaluations if e <= epoch]
+            if path == self.latest:
+                if evaluated not in (due, due[:-1]) or not evaluated:
+                    raise Damaged("its history is of another epoch")
+            elif path != self.path(epoch) or evaluated != due:
+                raise Damaged("it is of another epoch")
+            check_weights(self.model, state)
+            return state
+        except FileNotFoundError:
+            return None
+        except Damaged as damage:
+            set_aside(path, str(damage))
+            return None
+
+    def _read_history(self) -> dict[str, list] | None:
+        path = self.member.history(self.run)
+        try:
+            return load_history(path, self.member) or None
+        except FileNotFoundError:
+            return None
+        except Damaged as damage:
+            set_aside(path, str(damage))
+            return None
+
+    def _say_what_is_missing(self) -> None:
+        if self.keep == "last" or not self.history:
+            return
+        missing = [self.path(epoch).name for epoch in self.evaluated if not self.path(epoch).exists()]
+        if missing:
+            print(f"{self.member.label}: not on disk, and not needed to go on: {' '.join(missing)}", file=sys.stderr)
+
+    def _ended(self, history: dict[str, list]) -> bool:
+        """Whether a history is that of a network which is complete, or which diverged after its last evaluation."""
+        diverged = diverged_at(self.run, self.member)
+        evaluated = history["checkpoints"]
+        if diverged is not None and evaluated == [e for e in self.member.evaluations if e < diverged]:
+            return True
+        return evaluated[-1:] == [self.member.epochs]

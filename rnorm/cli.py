@@ -1,0 +1,149 @@
+"""How every script starts and ends: its command line, signals and exit statuses.
+
+Imports neither torch nor numpy: a script notes signals before these have loaded, which takes seconds.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rnorm.files import InUse, RnormError
+
+# Exit statuses of every script.
+COMPLETE = 0
+ENVIRONMENT = 1  # the environment failed: disk, lock, memory, GPU
+BAD_INPUT = 2
+DIVERGED = 3  # the loss of a network is no longer finite; everything else is complete
+SAVED = 75  # stopped by SIGUSR1, saved and to be continued; 130 after SIGINT and 143 after SIGTERM
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: SAVED}
+
+
+class Stop(Exception):
+    """Ends a script with one line on stderr and an exit status."""
+
+    def __init__(self, message: str, status: int = BAD_INPUT):
+        super().__init__(message)
+        self.status = status
+
+
+class Interrupted(BaseException):
+    """A signal asked the script to save and stop."""
+
+
+# Signals are sent to a process, so what has been received belongs to the process: `_received` holds the first one.
+_received: list[signal.Signals] = []
+_at_once = False
+
+
+def note_signals() -> None:
+    """From now on, note SIGINT, SIGTERM and SIGUSR1 for `check_signals`; forget those of before."""
+    _received.clear()
+    for signum in SIGNALS:
+        signal.signal(signum, _note)
+
+
+def _note(signum: int, _: object) -> None:
+    _received.append(signal.Signals(signum))
+    if _at_once:
+        raise Interrupted
+
+
+def check_signals() -> None:
+    """Raise Interrupted if a signal has been noted."""
+    if _received:
+        raise Interrupted
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """For what takes long and leaves nothing to save, such as a download: a signal raises wherever it comes."""
+    global _at_once
+    try:
+        _at_once = True
+        check_signals()
+        yield
+    finally:
+        _at_once = False
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line. A mistake in it is a Stop. Flags cannot be abbreviated: `--fresh` deletes."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        if wrong := [word for word in argv if word.endswith("=--")]:  # argparse would read an empty list
+            self.error(f"{wrong[0]}: -- is no value")
+        return super().parse_args(argv)
+
+    def error(self, message: str) -> None:
+        raise Stop(f"{message}; see --help")
+
+
+@contextlib.contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Around writing what the user named: if that fails it is bad input, unless the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        status = ENVIRONMENT if error.errno in (errno.ENOSPC, errno.EDQUOT) else BAD_INPUT
+        raise Stop(f"{path} cannot be written ({error.strerror}); {remedy}", status) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory, of the machine or of a GPU, is exhausted; torch has several kinds of it."""
+    words = "out of memory|DefaultCPUAllocator|STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
+
+
+def finish(main: Callable[[list[str]], int], argv: list[str], saves: bool = True) -> None:
+    """Run a script's `main` and exit with its status; every expected failure becomes one line on stderr.
+
+    `saves` says whether an interrupted script can be continued with the same command.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # the name of a file need not be valid text
+    message = ""
+    try:
+        status = main(argv[1:])
+        sys.stdout.flush()
+    except Stop as stop:
+        message, status = str(stop), stop.status
+    except InUse as error:
+        message, status = str(error), ENVIRONMENT
+    except RnormError as error:
+        message, status = str(error), BAD_INPUT
+    except Interrupted:
+        message, status = _received[0].name, SIGNALS[_received[0]]
+        if saves:
+            command = shlex.join(["python", *(word for word in argv if word != "--fresh")])
+            message += f": saved; continue with: {command}"
+        else:
+            message += ": stopped; nothing was written"
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        message, status = f"{name}{error.strerror or error}; what was saved before is intact", ENVIRONMENT
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise  # a mistake in the code, whose traceback is wanted
+        message, status = "out of memory; lower --batch_size or --data_size", ENVIRONMENT
+    if message:
+        with contextlib.suppress(OSError):
+            print(f"{Path(argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the disk of the log is full, or nobody reads it; the exit status has to arrive all the same
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
