@@ -81,14 +81,14 @@ class LocallyConnected2d(nn.Module):
     any optimiser, also LBFGS             and whatever flattens parameters: `parameters_to_vector`, pruning
     autocast                              as `nn.Conv2d`: computes in autocast's dtype
     second derivatives, Hessians          on every device; they take the plain form, which is slower
-    torch.compile, torch.export           yes
+    torch.compile, torch.export           they get the plain form
     activation checkpointing              yes, with and without reentry
     deepcopy, pickle, `functional_call`   yes; `functional_call` takes parameters, not a state dict
     DistributedDataParallel               yes
     torch.func.grad, vmap, jvp            no: PyTorch says so in a RuntimeError; `unfolded` works with them
     ====================================  ============================================================================
 
-    With `fused_step` set, second derivatives and autocast are refused.
+    With `fused_step` set, second derivatives, autocast and torch.compile are refused.
 
     Raises:
         ValueError: sizes that are not positive or no pairs, a kernel larger than the padded input, an input of
@@ -174,14 +174,16 @@ class LocallyConnected2d(nn.Module):
     def compute(self, x: Tensor, padding: tuple[int, int], outputs: tuple[int, int]) -> Tensor:
         """The first `outputs` (rows, columns) of the output, for an input with `padding` zeros (above, to the left)."""
         geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation, outputs)
-        weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            if self.fused_step is not None:
-                raise ValueError("fused_step and autocast exclude each other")
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = (_autocast(t, dtype) for t in (x, weight, bias))
+        weight, bias, device = self.weight, self.bias, x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if self.fused_step is not None and (autocast or torch.compiler.is_compiling()):
+            raise ValueError("fused_step is for neither autocast nor torch.compile")
+        if autocast:
+            x, weight, bias = (_autocast(t, torch.get_autocast_dtype(device)) for t in (x, weight, bias))
         if x.dtype != weight.dtype:
             raise ValueError(f"the input is {x.dtype} and the weight {weight.dtype}; convert one of them")
+        if torch.compiler.is_compiling():
+            return unfolded(x, weight, bias, geometry)
         out = _LocallyConnected.apply(x, weight, bias, geometry, self.fused_step)
         return out.permute(0, 3, 1, 2)  # here, as layers after this one may change a view of it in place
 
@@ -345,20 +347,22 @@ class Patches:
     def forward(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, g: Geometry) -> Tensor:
         """Fill out (H_out, W_out, N, C_out); returns the patches (H_out, W_out, N, k_h k_w C_in) or (H, ..., k_w C_in).
         """
-        numbers = len(x) * weight[..., 0].numel()
-        if g.stride[0] > 1 or on_cpu(x) or numbers < LARGE:
+        if g.kernel[0] == 1 or g.stride[0] > 1 or on_cpu(x) or len(x) * weight[..., 0].numel() < LARGE:
             seen = g.patches(x)
         else:
             outputs = x.shape[2], g.outputs[1]
             seen = Geometry((1, g.kernel[1]), (1, g.stride[1]), (0, g.padding[1]), g.dilation, outputs).patches(x)
-        products = Patches.products(seen, weight, g)
-        bias_first = bool(products) and products[0][0] == slice(0, len(out))
-        if not bias_first:
+        products = [
+            (out[h].flatten(0, 1), seen[rows].flatten(0, 1), weight[h, :, i].flatten(2, 4).flatten(0, 1))
+            for h, i, rows in Patches.products(seen, weight, g)
+        ]
+        if products and len(products[0][0]) == out.shape[0] * out.shape[1]:
+            part, patches, filters = products.pop(0)
+            torch.baddbmm(bias.flatten(0, 1)[:, None], patches, filters, out=part)
+        else:
             out[:] = bias[:, :, None]
-        for number, (h, i, rows) in enumerate(products):
-            part = out[h].flatten(0, 1)
-            addend = bias.flatten(0, 1)[:, None] if bias_first and number == 0 else part
-            torch.baddbmm(addend, seen[rows].flatten(0, 1), weight[h, :, i].flatten(2, 4).flatten(0, 1), out=part)
+        for part, patches, filters in products:
+            part.baddbmm_(patches, filters)
         return seen
 
     @staticmethod
