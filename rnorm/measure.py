@@ -69,7 +69,7 @@ def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:
         log_prod_norm += 0.5 * math.log(squared) if squared > 0 else -math.inf
         if isinstance(layer, LocallyConnected2d):
             weight = layer.weight.detach()
-            away = _squared(weight - weight.mean((3, 4), keepdim=True))
+            away = _squared(weight - weight.mean((0, 1), keepdim=True))
             deviation, total = deviation + away, total + squared
             untied[f"untied_{i}"] = _root_ratio(away, squared)
         elif isinstance(layer, nn.Conv2d):
