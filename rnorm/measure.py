@@ -68,8 +68,8 @@ def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:
         norm += squared
         log_prod_norm += 0.5 * math.log(squared) if squared > 0 else -math.inf
         if isinstance(layer, LocallyConnected2d):
-            weight = layer.weight.detach()
-            away = _squared(weight - weight.mean((0, 1), keepdim=True))
+            filters = layer.filters.detach()  # (1, C_out, C_in, H_out, W_out, k_h * k_w)
+            away = _squared(filters - filters.mean((3, 4), keepdim=True))
             deviation, total = deviation + away, total + squared
             untied[f"untied_{i}"] = _root_ratio(away, squared)
         elif isinstance(layer, nn.Conv2d):
