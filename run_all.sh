@@ -32,8 +32,12 @@ done
 [ $# = 0 ] || shift
 [[ $limit =~ ^([1-9][0-9]*)?$ ]] || die "--split-jobs $limit: LIMIT has to be a positive number"
 [ $where = slurm ] || [ -z "$limit" ] || die "--split-jobs needs Slurm"
-[ "$where$dry_run" != slurm ] || command -v sbatch >/dev/null ||
-  die "no sbatch here; run it where Slurm is, or --local to run everything on this machine" 1
+
+queue='' # per line a job's number and the path of its run
+[ $where = here ] || queue=$(squeue --noheader --user="$(id -un)" --format='%F %k') || {
+  [ -n "$dry_run" ] || die "no answer from Slurm; try where there is one, or --local to run everything on this machine" 1
+  echo "run_all.sh: no answer from Slurm; this is the plan if nothing is queued" >&2
+}
 
 # Whatever is wrong is refused here: the settings of each configuration, the other flags with the first one.
 plan=$(python -m rnorm.grid "${grid[@]}" -- "$@") || exit
@@ -41,14 +45,6 @@ IFS=$'\t' read -r _ run _ _ cnn_lr lc_lr epochs n_splits seed _ <<<"$plan"
 first=(--cnn_lr "$cnn_lr" --lc_lr "$lc_lr" --epochs "$epochs" --n_splits "$n_splits" --seed "$seed" "$@")
 python experiments.py "${first[@]}" --exec 0 >/dev/null || exit
 results=$(dirname "$run")
-
-queue='' # a job's number and its run's path per line
-if [ $where = slurm ] && command -v squeue >/dev/null; then
-  queue=$(squeue --noheader --user="$(id -un)" --format='%F %k') || {
-    [ -n "$dry_run" ] || die "Slurm does not answer, so nothing was submitted" 1
-    echo "run_all.sh: Slurm does not answer; planned as if nothing were queued" >&2
-  }
-fi
 
 ids=() runs=() worst=0 submitted=0
 submit() { # submit WHAT SBATCH_ARGUMENTS...; the job's number becomes `id`
