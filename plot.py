@@ -341,19 +341,14 @@ def plot_runs(args: argparse.Namespace) -> tuple[dict[str, str | bytes], str]:
     return contents, ""
 
 
-def plot_margins(args: argparse.Namespace) -> dict[str, bytes]:
-    """The content of the figure of --margins, under its flag."""
-    margins = read_margins(args.margins, args.margin, args.data_dir, args.device)
-    return {"out": render(draw_margins(margins, args.margin, args.title), args.out.suffix)}
-
-
 @matplotlib.rc_context(STYLE)
 def main(argv: list[str]) -> int:
     """Plot as the command line `argv` says; returns the exit status."""
     args, text = parse(argv), ""
     with stopping_at_once():
         if args.margins:
-            contents = plot_margins(args)
+            margins = read_margins(args.margins, args.margin, args.data_dir, args.device)
+            contents = {"out": render(draw_margins(margins, args.margin, args.title), args.out.suffix)}
         else:
             contents, text = plot_runs(args)
     check_signals()

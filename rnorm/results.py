@@ -185,7 +185,8 @@ def with_margin(network: Network, margin: str) -> Network:
     """The network with its normalized norms relative to that margin; NaN where the margin is not positive."""
     values = network[MARGINS[margin]]
     values = np.where(values > 0, values, np.nan)
-    norms = network["log_prod_norm"] - np.log(values), network["norm"] / values
+    with np.errstate(over="ignore"):
+        norms = network["log_prod_norm"] - np.log(values), network["norm"] / values
     return network | dict(zip(NORMALIZED, norms))
 
 
@@ -292,11 +293,10 @@ def table_rows(groups: list[Group], margin: str) -> list[dict[str, object]]:
 
 
 def table_name(group: Group, member: Member) -> str:
-    if member == group.best:
-        return "best eLCN (chosen on test data)"
+    names = {"": "CNN", "lc": "eLCN"}
     if member == group.shown:
-        return "furthest eLCN (none is complete)"
-    return {"": "CNN", "lc": "eLCN"}.get(member.conversion, member.conversion)
+        names["lc"] = "best eLCN (chosen on test data)" if group.best else "furthest eLCN (none is complete)"
+    return names.get(member.conversion, member.conversion)
 
 
 def table(groups: list[Group], margin: str, suffix: str) -> str:
@@ -356,20 +356,17 @@ def summary(group: Group, margin: str) -> str:
     """A group's result in a few lines for people."""
     norm, cnn, shown = NORMALIZED[0], group.mean[group.cnn], group.shown
     lines = [f"CNN: {end_of(group, group.cnn)} ({margin} margin)"]
-    if not group.elcns:
-        lines.append("Best eLCN: none yet")
-    elif group.best:
-        lines.append(f"Best eLCN, chosen on test data: split {shown.split}, {end_of(group, shown)}")
-    elif shown:
-        lines.append(f"No eLCN is complete; the furthest: split {shown.split}, {end_of(group, shown)}")
+    if not shown:
+        lines.append("Best eLCN: none is complete")
     else:
-        lines.append("No eLCN is complete: all diverged")
-    if shown:
+        best = "Best eLCN, chosen on test data" if group.best else "No eLCN is complete; the furthest"
+        lines.append(f"{best}: split {shown.split}, {end_of(group, shown)}")
         elcn = group.mean[shown]
         since, against = [], []
         for key in ("test_acc", norm):
-            since.append(number(elcn[key][-1] - elcn[key][0], "+.2f"))
-            against.append(number(elcn[key][-1] - cnn[key][-1], "+.2f"))
+            end = float(elcn[key][-1])
+            since.append(number(end - float(elcn[key][0]), "+.2f"))
+            against.append(number(end - float(cnn[key][-1]), "+.2f"))
         cnn_end = "the CNN's end" if group.is_complete(group.cnn) else "the CNN so far"
         lines.append(f"What untying changed: {since[0]} points of test accuracy and {since[1]} in the norm since the "
                      f"split; {against[0]} and {against[1]} against {cnn_end}")  # fmt: skip
