@@ -11,7 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from rnorm.cli import COMPLETE, DIVERGED, ENVIRONMENT, Parser, Stop, check_signals, finish, note_signals, stopping_at_once
+from rnorm.cli import (
+    COMPLETE, DIVERGED, ENVIRONMENT, Parser, Stop, check_signals, finish, note_signals, stopping_at_once,
+)  # fmt: skip
 
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
@@ -41,7 +43,7 @@ def cnn_track(session: Session) -> Track:
     settings = session.settings
     torch.manual_seed(settings.seed)
     cnn = make_network(settings.network, session.data.num_classes)
-    cnn.to(session.device, memory_format=torch.channels_last)
+    cnn.to(session.device, session.data.x_train.dtype, memory_format=torch.channels_last)
     return Track(session.run, Member(settings), cnn, [settings.cnn_lr] * len(list(cnn.parameters())))
 
 
@@ -87,7 +89,7 @@ def convert_and_train(session: Session, member: Member) -> bool:
     model = conversion.convert(cnn, image_shape)
     rates = conversion.rates(layers_of(model), image_shape, member.lr)
     with lock_directory(member.directory(run)):
-        track = Track(run, member, model, rates, session.keep)
+        track = Track(run, member, model, rates, session.keep or conversion.keep)
         track.restore()
         if not track.history:
             set_precision("float32")
@@ -125,11 +127,12 @@ def work_of(members: list[Member], images: int, num_classes: int) -> dict[Member
     return work
 
 
-def open_data(dataset: str, data_dir: Path, data_size: int, device: torch.device) -> Data:
-    """`data.load_data` for a script; a signal stops it at once."""
+def open_data(dataset: str, data_dir: Path, settings: Settings, device: torch.device) -> Data:
+    """`data.load_data` for a script, of a run's size and precision; a signal stops it at once."""
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
     try:
         with stopping_at_once():
-            return load_data(dataset, data_dir, data_size, device)
+            return load_data(dataset, data_dir, settings.data_size, device, dtype)
     except NoData as error:
         remedy = "name its directory with --data_dir, or use --dataset FILE.npz or --dataset synthetic"
         raise Stop(f"{error}; {remedy}") from None
@@ -156,8 +159,9 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA if there is one"
     )
     parser.add_argument(
-        "--keep", choices=("all", "last"), default="all",
-        help="which eLCN checkpoints stay on disk, of 31 MB each; all are needed only to study weights (default: all)",
+        "--keep", choices=("all", "last"),
+        help="which checkpoints of converted networks stay on disk, of skinnyprime's eLCN 31 MB each; all are needed "
+        "only to study weights (default: all, of fc the last)",
     )  # fmt: skip
 
 
@@ -188,7 +192,7 @@ def main(argv: list[str]) -> int:
     members = members_to_train(settings, args.convert_to, splits)
     device = open_device(args.device)
     dataset = config.get("dataset_file") or settings.dataset
-    data = open_data(dataset, args.data_dir, settings.data_size, device)
+    data = open_data(dataset, args.data_dir, settings, device)
     work = work_of(members, len(data.x_train), data.num_classes)
     session = Session(args.run, settings, data, device, args.keep, work)
     session.begin(config.get("dataset_file"))

@@ -104,10 +104,10 @@ class Step:
     the device: the losses are added up there in `loss_sum`, which `take_loss` reads.
     """
 
-    def __init__(self, net: nn.Sequential, image_shape: tuple[int, ...], lr, batch_size=0):
+    def __init__(self, net: nn.Sequential, image_shape: tuple[int, ...], lr, batch_size=0, optimizer=None):
         keep_freed_memory()
         self.net, self.lr = streamline(net, image_shape), lr[0]
-        self.lrs=lr
+        self.lrs, self.optimizer = lr, optimizer
         self.untied = [m for m in net.modules() if isinstance(m, LocallyConnected2d)]
         self.loss_sum = torch.zeros((), device=next(net.parameters()).device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -133,12 +133,15 @@ class Step:
 
     def _eager(self, x: Tensor, y: Tensor) -> None:
         for layer in self.untied:
-            layer.fused_step = self.lr if x.device.type == "cpu" else None
+            layer.fused_step = self.lr if x.device.type == "cpu" and not self.optimizer else None
         loss = F.cross_entropy(self.net(x), y)
         for layer in self.untied:
             layer.fused_step = None
         self.net.zero_grad()
         loss.backward()
+        if self.optimizer:
+            self.optimizer.step()
+            self.net.zero_grad()
         with torch.no_grad():
             for parameter, lr in zip(self.net.parameters(), self.lrs):
                 if parameter.grad is not None:  # those of fused layers have none
