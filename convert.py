@@ -153,16 +153,21 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help=f"conversions: {', '.join(CONVERSIONS)}, or lc with indices of layers, such as lc1+9 (default: lc)",
     )  # fmt: skip
     parser.add_argument(
+        "--keep", choices=("all", "last"),
+        help="which checkpoints of converted networks stay on disk, of skinnyprime's eLCN 31 MB each; all are needed "
+        "only to study weights (default: all, of fc the last)",
+    )  # fmt: skip
+    add_data_flags(parser)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the images lie, and what computes."""
+    parser.add_argument(
         "--data_dir", type=Path, default=Path("data"), metavar="DIR", help="where the images lie (default: data)"
     )
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA if there is one"
     )
-    parser.add_argument(
-        "--keep", choices=("all", "last"),
-        help="which checkpoints of converted networks stay on disk, of skinnyprime's eLCN 31 MB each; all are needed "
-        "only to study weights (default: all, of fc the last)",
-    )  # fmt: skip
 
 
 def members_to_train(settings: Settings, conversions: list[str], splits: list[int]) -> list[Member]:

@@ -77,6 +77,14 @@ def fully_connect(net: nn.Sequential, image_shape: tuple[int, ...]) -> nn.Sequen
     return nn.Sequential(*layers)
 
 
+def lift(a: nn.Sequential, b: nn.Sequential, image_shape: tuple[int, ...]) -> list[nn.Sequential]:
+    """Two networks in one form: fully connected if either is, else untied in every layer in which either is."""
+    if any(hasattr(layer, "local") for layer in [*a, *b]):
+        return [fully_connect(net, image_shape) for net in (a, b)]
+    untied = {i for net in (a, b) for i, layer in enumerate(net) if isinstance(layer, LocallyConnected2d)}
+    return [untie(net, image_shape, {i for i in untied if isinstance(net[i], nn.Conv2d)}) for net in (a, b)]
+
+
 def matrix_of(layer: LocallyConnected2d) -> nn.Linear:
     """The Linear layer that computes `layer`, from flattened padded inputs (N, C_in * H * W) to (N, C_out * L).
 

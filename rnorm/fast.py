@@ -106,8 +106,8 @@ class Step:
 
     def __init__(self, net: nn.Sequential, image_shape: tuple[int, ...], lr, batch_size=0, optimizer=None):
         keep_freed_memory()
-        self.net, self.lr = streamline(net, image_shape), lr[0]
-        self.lrs, self.optimizer = lr, optimizer
+        self.net, self.lr = streamline(net, image_shape), lr if isinstance(lr, float) else lr[0]
+        self.lrs, self.optimizer = lr if isinstance(lr, list) else [lr] * len(list(net.parameters())), optimizer
         self.untied = [m for m in net.modules() if isinstance(m, LocallyConnected2d)]
         self.loss_sum = torch.zeros((), device=next(net.parameters()).device)
         self.graph: torch.cuda.CUDAGraph | None = None

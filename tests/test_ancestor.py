@@ -11,10 +11,8 @@ import experiments
 import models
 import train
 from compare_runs import differences
-from conftest import make_arrays
 from rnorm import cli
-from rnorm.checkpoints import Track
-from rnorm.cli import Interrupted, Stop
+from rnorm.cli import Interrupted
 from rnorm.conversions import find_conversion, fully_connect, layers_of, untie
 from rnorm.data import Data
 from rnorm.layers import LocallyConnected2d
