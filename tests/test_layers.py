@@ -195,6 +195,8 @@ def test_a_fused_step_refuses_second_derivatives_autocast_and_compilation():
         layer(x)
     with pytest.raises(ValueError, match="torch.compile"), patch.object(torch.compiler, "is_compiling", lambda: True):
         layer(x)
+    with pytest.raises(ValueError, match="torch.compile"), patch.object(torch.compiler, "is_compiling", lambda: True):
+        layer(x)
     assert torch.equal(layer.weight, before)
 
 
@@ -424,7 +426,8 @@ def test_the_layer_documents_what_it_does():
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0, 1, 5, 3), (1, 1, 5, 6), (1, 1, 5, 3, 0), (1, 1, 5, 3, 1, -1), (1, 1, (8, 8, 3), 3), (1, 1, (8,), 3)]
+    "arguments",
+    [(0, 1, 5, 3), (1, 1, 5, 6), (1, 1, 5, 3, 0), (1, 1, 5, 3, 1, -1), (1, 1, (8, 8, 3), 3), (1, 1, (8,), 3)],
 )
 def test_impossible_sizes_are_refused(arguments):
     with pytest.raises(ValueError):
