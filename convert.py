@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rnorm.cli import COMPLETE, DIVERGED, ENVIRONMENT, Parser, Stop, check_signals, finish, note_signals, stopping_at_once
+from rnorm.cli import COMPLETE, DIVERGED, Parser, Stop, check_signals, finish, note_signals, stopping_at_once
 
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from models import IMAGE_SHAPE, load_network, make_network
+from models import IMAGE_SHAPE, make_network
 from rnorm.checkpoints import Track
 from rnorm.conversions import CONVERSIONS, find_conversion, layers_of
 from rnorm.data import Data, NoData, load_data
@@ -41,28 +41,22 @@ def cnn_track(session: Session) -> Track:
     settings = session.settings
     torch.manual_seed(settings.seed)
     cnn = make_network(settings.network, session.data.num_classes)
-    cnn.to(session.device, memory_format=torch.channels_last)
+    cnn.to(session.device, session.data.x_train.dtype, memory_format=torch.channels_last)
     return Track(session.run, Member(settings), cnn, [settings.cnn_lr] * len(list(cnn.parameters())))
 
 
 def load_cnn(session: Session, epoch: int) -> nn.Module:
-    """The run's CNN after `epoch` epochs; a checkpoint that was deleted or is damaged is made anew.
-
-    Raises RnormError if the CNN has not been trained that far.
-    """
-    path = Member(session.settings).checkpoint(session.run, epoch)
+    """The run's CNN after `epoch` epochs; a checkpoint that was deleted or is damaged is made anew."""
     track = cnn_track(session)
-    if not track.has(epoch):
-        if epoch not in track.recorded_epochs():
-            raise RnormError(f"{path} does not exist; train the CNN that far first (experiments.py)")
+    track.restore_before(epoch)
+    if track.evaluated[-1:] != [epoch]:
         with lock_directory(session.run):
             remake(track, epoch, session)
-    return load_network(path).to(session.device, memory_format=torch.channels_last)
+    return track.model
 
 
 def remake(track: Track, epoch: int, session: Session) -> None:
-    """Train the CNN again from the newest good checkpoint before `epoch`, and write that of `epoch` alone."""
-    track.restore_before(epoch)
+    """Train the CNN on from an earlier checkpoint, and write that of `epoch` alone."""
     print(f"CNN: {track.path(epoch).name} is not on disk; it is made anew from epoch {track.epoch}")
     step = make_step(track, session)
     if not track.history:
@@ -82,16 +76,21 @@ def convert_and_train(session: Session, member: Member) -> bool:
     check_signals()
     run, settings, image_shape = session.run, session.settings, session.data.image_shape
     conversion = find_conversion(member.conversion)
-    set_precision(settings.precision)
-    cnn = load_cnn(session, member.split)
-    model = conversion.convert(cnn, image_shape)
+    cnn_at_start = cnn_track(session)
+    path = cnn_at_start.path(member.split)
+    if not path.exists() and member.split not in cnn_at_start.recorded_epochs():
+        raise RnormError(f"{path} does not exist; train the CNN that far first (experiments.py)")
+    model = conversion.convert(cnn_at_start.model, image_shape)
     rates = conversion.rates(layers_of(model), image_shape, member.lr)
     with lock_directory(member.directory(run)):
-        track = Track(run, member, model, rates, session.keep)
+        track = Track(run, member, model, rates, session.keep or conversion.keep)
         track.restore()
-        if not track.history:
+        if not track.history:  # only now is the CNN's checkpoint needed
+            set_precision(settings.precision)
+            cnn = load_cnn(session, member.split)
+            track.model = conversion.convert(cnn, image_shape)
             set_precision("float32")
-            difference = largest_difference(cnn, model, session.data.x_train[: settings.batch_size])
+            difference = largest_difference(cnn, track.model, session.data.x_train[: settings.batch_size])
             if not difference <= 1e-5:
                 raise Stop(f"{member.label}: its logits differ from the CNN's by {difference:.1e} of the largest")
         set_precision(settings.precision)
@@ -125,11 +124,12 @@ def work_of(members: list[Member], images: int, num_classes: int) -> dict[Member
     return work
 
 
-def open_data(dataset: str, data_dir: Path, data_size: int, device: torch.device) -> Data:
-    """`data.load_data` for a script; a signal stops it at once."""
+def open_data(dataset: str, data_dir: Path, settings: Settings, device: torch.device) -> Data:
+    """`data.load_data` for a script, of a run's size and precision; a signal stops it at once."""
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
     try:
         with stopping_at_once():
-            return load_data(dataset, data_dir, data_size, device)
+            return load_data(dataset, data_dir, settings.data_size, device, dtype)
     except NoData as error:
         remedy = "name its directory with --data_dir, or use --dataset FILE.npz or --dataset synthetic"
         raise Stop(f"{error}; {remedy}") from None
@@ -140,7 +140,7 @@ def open_device(name: str) -> torch.device:
     try:
         return pick_device(name)
     except DeviceError as error:
-        raise Stop(f"--device {name}: {error}", ENVIRONMENT) from None
+        raise Stop(f"--device {name}: {error}; or use --device cpu") from None
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -150,15 +150,21 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help=f"conversions: {', '.join(CONVERSIONS)}, or lc with indices of layers, such as lc1+9 (default: lc)",
     )  # fmt: skip
     parser.add_argument(
+        "--keep", choices=("all", "last"),
+        help="which checkpoints of converted networks stay on disk, of skinnyprime's eLCN 31 MB each; all are needed "
+        "only to study weights (default: all, of fc the last)",
+    )  # fmt: skip
+    add_data_flags(parser)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the images lie, and what computes."""
+    parser.add_argument(
         "--data_dir", type=Path, default=Path("data"), metavar="DIR", help="where the images lie (default: data)"
     )
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA if there is one"
     )
-    parser.add_argument(
-        "--keep", choices=("all", "last"), default="all",
-        help="which eLCN checkpoints stay on disk, of 31 MB each; all are needed only to study weights (default: all)",
-    )  # fmt: skip
 
 
 def members_to_train(settings: Settings, conversions: list[str], splits: list[int]) -> list[Member]:
@@ -188,7 +194,7 @@ def main(argv: list[str]) -> int:
     members = members_to_train(settings, args.convert_to, splits)
     device = open_device(args.device)
     dataset = config.get("dataset_file") or settings.dataset
-    data = open_data(dataset, args.data_dir, settings.data_size, device)
+    data = open_data(dataset, args.data_dir, settings, device)
     work = work_of(members, len(data.x_train), data.num_classes)
     session = Session(args.run, settings, data, device, args.keep, work)
     session.begin(config.get("dataset_file"))

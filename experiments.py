@@ -23,7 +23,7 @@ import torch
 from convert import add_common_flags, cnn_track, convert_run, members_to_train, open_data, open_device, work_of
 from models import IMAGE_SHAPE, make_network
 from rnorm.conversions import find_conversion
-from rnorm.data import check_data_size
+from rnorm.data import DATASETS, check_data_size
 from rnorm.devices import set_precision
 from rnorm.files import Lock, files_below, lock_directory
 from rnorm.flags import add_settings, settings_of
@@ -31,16 +31,23 @@ from rnorm.runs import Member, Settings, has_files_of_a_run
 from train import Session, duration, train
 
 
-def disk_space(run: Path, members: list[Member], keep: str) -> tuple[int, int]:
+def kept(member: Member, keep: str | None) -> tuple[int, int]:
+    """(how many checkpoints of a network stay on disk, bytes of each); `keep` is that of the command line."""
+    settings = member.settings
+    model = make_network(settings.network, 10).to("meta")
+    if not member.is_cnn:
+        conversion = find_conversion(member.conversion)
+        model, keep = conversion.convert(model, IMAGE_SHAPE), keep or conversion.keep
+    numbers = sum(p.numel() for p in model.parameters()) * (2 if settings.momentum else 1)
+    size = numbers * (8 if settings.precision == "float64" else 4) + 50_000
+    return 1 if keep == "last" and not member.is_cnn else len(member.evaluations), size
+
+
+def disk_space(run: Path, members: list[Member], keep: str | None) -> tuple[int, int]:
     """(bytes that the run has still to write, bytes free where it writes them)."""
-    cnn = make_network(members[0].settings.network, 10).to("meta")
-    total = 0
-    for member in members:
-        model = cnn if member.is_cnn else find_conversion(member.conversion).convert(cnn, IMAGE_SHAPE)
-        size = sum(p.numel() * p.element_size() for p in model.parameters()) + 50_000
-        keeps_all = member.is_cnn or keep == "all"
-        total += size * len(member.evaluations) if keeps_all else size
-    total += size  # latest.pyT, of the last and largest
+    checkpoints = [kept(member, keep) for member in members]
+    total = sum(count * size for count, size in checkpoints)
+    total += max(size for _, size in checkpoints)  # latest.pyT
     there = sum(size for _, _, size in files_below(run))
     nearest = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
     if not nearest.is_dir():
@@ -48,7 +55,9 @@ def disk_space(run: Path, members: list[Member], keep: str) -> tuple[int, int]:
     return max(0, total - there), shutil.disk_usage(nearest).free
 
 
-def print_plan(run: Path, settings: Settings, members: list[Member], dataset: str, needed: int, free: int) -> None:
+def print_plan(
+    run: Path, settings: Settings, members: list[Member], dataset: str, keep: str | None, needed: int, free: int
+) -> None:
     cnn, converted = members[0], members[1:]
     print(f"run         {run}")
     print(f"data        {dataset}, {settings.data_size or 'all'} training images, batches of {settings.batch_size}")
@@ -57,6 +66,8 @@ def print_plan(run: Path, settings: Settings, members: list[Member], dataset: st
         of_it = [member for member in converted if member.conversion == conversion]
         name = "eLCNs" if conversion == "lc" else conversion
         print(f"{name:<11} {len(of_it)}, from these epochs of the CNN: {' '.join(str(m.split) for m in of_it)}")
+        count, size = kept(of_it[0], keep)
+        print(f"            {count} {'checkpoint stays' if count == 1 else 'checkpoints'} of each, {size / 1e6:.0f} MB")
     if converted:
         print(f"            {converted[0].epochs} epochs each, learning rate {converted[0].lr}; evaluated at their own")
         print(f"            epochs {' '.join(map(str, converted[0].evaluations))}")
@@ -66,7 +77,7 @@ def print_plan(run: Path, settings: Settings, members: list[Member], dataset: st
 def print_cost(flop: float) -> None:
     """Say what training on the CPU costs."""
     time = duration(flop / 100e9)
-    print(f"training on the CPU: {flop / 1e12:,.1f} TFLOP, at 100 GFLOP/s {time}, and the evaluations")
+    print(f"training on the CPU: {flop / 1e9:,.0f} GFLOP, at 100 GFLOP/s {time}, and the evaluations")
 
 
 def open_run(run: Path, fresh: bool) -> Lock:
@@ -110,11 +121,11 @@ def main(argv: list[str]) -> int:
     with writing(run, "name another --results_dir"):
         needed, free = disk_space(run, [cnn, *converted], args.keep)
     if args.exec == 0:
-        if args.dataset == "cifar10":
-            check_data_size(settings.data_size, 50_000)  # CIFAR-10 is not downloaded just to print a plan
+        if args.dataset in DATASETS and DATASETS[args.dataset].images:  # not downloaded just to print a plan
+            check_data_size(settings.data_size, DATASETS[args.dataset].images)
         else:
-            open_data(args.dataset, args.data_dir, settings.data_size, torch.device("cpu"))
-        print_plan(run, settings, [cnn, *converted], args.dataset, needed, free)
+            open_data(args.dataset, args.data_dir, settings, torch.device("cpu"))
+        print_plan(run, settings, [cnn, *converted], args.dataset, args.keep, needed, free)
         return COMPLETE
     if needed > free:
         raise Stop(
@@ -122,7 +133,7 @@ def main(argv: list[str]) -> int:
             "use --keep last, or name another --results_dir", ENVIRONMENT,
         )  # fmt: skip
     device = open_device(args.device)
-    data = open_data(args.dataset, args.data_dir, settings.data_size, device)
+    data = open_data(args.dataset, args.data_dir, settings, device)
     with writing(run, "name another --results_dir"):
         lock = open_run(run, args.fresh)
     with lock:
