@@ -137,8 +137,8 @@ def draw(
 def draw_panel(ax: Axes, group: Group, panel: str, look: Look) -> None:
     """One quantity of a group's networks: a line each, a band where there are several seeds, a cross if it diverged."""
     for member, network in group.mean.items():
-        epochs, std = network["checkpoints"] + member.split, group.std[member][panel]
-        mean = np.where(np.isfinite(network[panel]), network[panel], np.nan)
+        epochs = network["checkpoints"] + member.split
+        mean, std = drawable(network[panel]), drawable(group.std[member][panel])
         ax.plot(epochs, mean, label=member.label, **look.line(member))
         if group.seeds[member] > 1:
             ax.fill_between(epochs, mean - std, mean + std, color=look.colour(member), alpha=0.2, lw=0)
@@ -152,6 +152,11 @@ def draw_panel(ax: Axes, group: Group, panel: str, look: Look) -> None:
     ax.set_ylabel(LABELS.get(panel, panel.replace("untied_", "distance from tied,\nlayer ")))
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+
+
+def drawable(values: np.ndarray) -> np.ndarray:
+    """NaN in place of what no axis can hold; a network about to diverge has such norms."""
+    return np.where(np.abs(values) < 1e100, values, np.nan)
 
 
 def draw_reference(ax: Axes, reference: dict[Member, Network], panel: str, look: Look) -> None:

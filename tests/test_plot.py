@@ -71,17 +71,14 @@ def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("results"))
 
 
-def test_the_figure_has_the_three_published_panels(run):
+def test_the_three_published_panels_show_what_was_recorded_on_the_axis_of_the_cnn(run):
     fig = figure(run)
     labels = [ax.get_ylabel() for ax in panels_of(fig)]
     assert labels == ["log normalized $R_1$-norm", "train accuracy (%)", "test accuracy (%)"]
     assert all(ax.get_xlabel() == "epochs" for ax in panels_of(fig))
     assert fig.get_suptitle() == "cifar10, published margin"
     assert texts_of(fig) == ["CNN", "eLCN"] and not fig.legends[0].get_title().get_text()
-
-
-def test_lines_show_what_was_recorded_on_the_axis_of_the_cnn(run):
-    for ax, key in zip(panels_of(figure(run)), plot.PANELS):
+    for ax, key in zip(panels_of(fig), plot.PANELS):
         assert list(lines_of(ax)) == ["CNN", "eLCN from 1", "eLCN from 2", "eLCN from 4"]
         for line, split in zip(ax.lines, (0, 1, 2, 4)):
             assert line.get_xdata() == pytest.approx([split + e for e in range(5)])
@@ -107,15 +104,16 @@ def test_no_colour_is_as_pale_as_yellow_or_as_dark_as_the_cnn():
 
 
 def test_every_conversion_has_a_line_style_of_its_own_and_is_in_the_legend(tmp_path):
-    run = make_run(tmp_path, conversions=("lc", "tied", "cnn", "lc1"))
+    odd = r"odd$\frac$"  # the name of a directory need not be valid mathtext
+    run = make_run(tmp_path, conversions=("lc", "tied", "cnn", odd))
     fig = figure(run)
     styles = {name: line.get_linestyle() for name, line in lines_of(panels_of(fig)[0]).items()}
     assert styles["CNN"] == styles["eLCN from 1"] == "-"
-    own = {name: styles[f"{name} from 1"] for name in ("cnn", "lc1", "tied")}
+    own = {name: styles[f"{name} from 1"] for name in ("cnn", odd, "tied")}
     assert len({"-", *own.values()}) == 4 and own["tied"] == styles["tied from 4"]
     colours = {to_hex(line.get_color()) for name, line in lines_of(panels_of(fig)[0]).items() if "from 2" in name}
     assert len(colours) == 1
-    assert texts_of(fig) == ["CNN", "eLCN", "converted to cnn", "converted to lc1", "converted to tied"]
+    assert texts_of(fig) == ["CNN", "eLCN", "converted to cnn", f"converted to {odd}", "converted to tied"]
     assert [line.get_linestyle() for line in fig.legends[0].get_lines()] == ["-", "-", *own.values()]
     chosen = figure(run, splits=[2], conversions=["tied"])
     assert list(lines_of(panels_of(chosen)[0])) == ["CNN", "tied from 2"]
@@ -201,10 +199,7 @@ def test_a_run_in_progress_is_drawn_as_far_as_it_is_and_says_so(tmp_path, capsys
     assert "diverged" in texts_of(fig)
     assert main(run) == 0
     assert "after 3 of 4 epochs" in capsys.readouterr().out
-
-
-def test_a_run_without_elcns_is_a_cnn_alone(tmp_path):
-    assert len(figure(make_run(tmp_path, cnn_epochs=0)).axes) == 3  # no colour bar
+    assert len(figure(make_run(tmp_path / "begun", cnn_epochs=0)).axes) == 3  # without eLCNs, no colour bar
 
 
 def test_published_points_overlay_their_panels(run):
