@@ -20,9 +20,9 @@ if __name__ == "__main__":
 
 import torch
 
-from convert import add_common_flags, cnn_track, convert_run, members_to_train, open_data, open_device, work_of
-from models import IMAGE_SHAPE, make_network
-from rnorm.conversions import find_conversion
+from convert import (
+    add_common_flags, cnn_track, convert_run, example_of, members_to_train, open_data, open_device, work_of,
+)  # fmt: skip
 from rnorm.data import check_data_size
 from rnorm.devices import set_precision
 from rnorm.files import Lock, files_below, lock_directory
@@ -33,14 +33,15 @@ from train import Session, duration, train
 
 def disk_space(run: Path, members: list[Member], keep: str) -> tuple[int, int]:
     """(bytes that the run has still to write, bytes free where it writes them)."""
-    cnn = make_network(members[0].settings.network, 10).to("meta")
-    total = 0
+    total, sizes = 0, {}
     for member in members:
-        model = cnn if member.is_cnn else find_conversion(member.conversion).convert(cnn, IMAGE_SHAPE)
-        size = sum(p.numel() * p.element_size() for p in model.parameters()) + 50_000
+        if member.conversion not in sizes:
+            parameters = example_of(member, 10).parameters()
+            sizes[member.conversion] = sum(p.numel() * p.element_size() for p in parameters) + 50_000
+        size = sizes[member.conversion]
         keeps_all = member.is_cnn or keep == "all"
         total += size * len(member.evaluations) if keeps_all else size
-    total += size  # latest.pyT, of the last and largest
+    total += max(sizes.values())  # latest.pyT
     there = sum(size for _, _, size in files_below(run))
     nearest = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
     if not nearest.is_dir():

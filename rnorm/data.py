@@ -94,7 +94,7 @@ def cifar10(data_dir: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # no network, no space, a truncated or foreign archive, ...
         here = [p for p in (data_dir / "cifar-10-python.tar.gz", data_dir / "cifar-10-batches-py") if p.exists()]
         if here:
-            raise NoData(f"CIFAR-10 in {data_dir} is damaged ({_line(error)}); delete {here[0]} and try again") from None
+            raise NoData(f"CIFAR-10 in {data_dir} is damaged ({_line(error)}); delete {here[0]}, try again") from None
         raise NoData(f"no CIFAR-10 in {data_dir}, and it cannot be downloaded ({_line(error)})") from None
     arrays = {}
     for part, source in zip(("train", "test"), parts):
@@ -118,12 +118,14 @@ def npz(data_dir: Path, dataset: str) -> dict[str, np.ndarray]:
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or not len(x):
-            raise RnormError(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N at least 1")
+            right = "uint8 (N, 32, 32, 3), N at least 1"
+            raise RnormError(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be {right}")
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            raise RnormError(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be integers ({len(x)},), one per image")
+            right = f"integers ({len(x)},), one per image"
+            raise RnormError(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be {right}")
     classes = np.unique(arrays["y_train"])
     if len(classes) < 3 or classes[0] != 0 or classes[-1] != len(classes) - 1:
-        raise RnormError(f"{path}: the labels in y_train have to be 0, 1, ..., c-1, each at least once, and c at least 3")
+        raise RnormError(f"{path}: the labels in y_train have to be 0, 1, ..., c-1, each at least once, c at least 3")
     if arrays["y_test"].min() < 0 or arrays["y_test"].max() >= len(classes):
         raise RnormError(f"{path}: y_test has labels outside 0 to {len(classes) - 1}, the classes of y_train")
     return arrays | {name: arrays[name].astype(np.int64) for name in ("y_train", "y_test")}

@@ -237,7 +237,8 @@ def test_finished_networks_are_not_touched(server, command, copy):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["small_0.pyT", "small_1.pyT", "small_3.pyT", ELCN + "small_lc_version_1.pyT", ELCN + "*.pyT", "**/*.pyT"]
+    "pattern",
+    ["small_0.pyT", "small_1.pyT", "small_3.pyT", ELCN + "small_lc_version_1.pyT", ELCN + "*.pyT", "**/*.pyT"],
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_what_is_complete_stays_complete_without_its_checkpoints(server, command, copy, pattern, threads):
