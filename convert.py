@@ -117,11 +117,19 @@ def convert_run(session: Session, members: list[Member]) -> int:
 
 def work_of(members: list[Member], images: int, num_classes: int) -> dict[Member, float]:
     """The FLOP that training each network to its end takes."""
-    work, cnn = {}, make_network(members[0].settings.network, num_classes).to("meta") if members else None
+    work, flop = {}, {}
     for member in members:
-        model = cnn if member.is_cnn else find_conversion(member.conversion).convert(cnn, IMAGE_SHAPE)
-        work[member] = member.epochs * images * training_flop(layers_of(model), IMAGE_SHAPE)
+        if member.conversion not in flop:
+            flop[member.conversion] = training_flop(layers_of(example_of(member, num_classes)), IMAGE_SHAPE)
+        work[member] = member.epochs * images * flop[member.conversion]
     return work
+
+
+def example_of(member: Member, num_classes: int) -> nn.Module:
+    """A network like `member`'s, with weights of no meaning. (On torch's meta device shapes alone would do, but that
+    imports torch's compiler, seconds in every process.)"""
+    cnn = make_network(member.settings.network, num_classes)
+    return cnn if member.is_cnn else find_conversion(member.conversion).convert(cnn, IMAGE_SHAPE)
 
 
 def open_data(dataset: str, data_dir: Path, settings: Settings, device: torch.device) -> Data:
@@ -169,10 +177,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def members_to_train(settings: Settings, conversions: list[str], splits: list[int]) -> list[Member]:
     """The converted networks that a command line asks for; raises Stop for a conversion that cannot be."""
-    cnn = make_network(settings.network, 10).to("meta")
     for name in conversions:
         try:
-            find_conversion(name).convert(cnn, IMAGE_SHAPE)
+            example_of(Member(settings, name), 10)
         except ValueError as error:
             raise Stop(f"--convert_to {error}") from None
     return [Member(settings, name, split) for name in dict.fromkeys(conversions) for split in sorted(set(splits))]

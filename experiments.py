@@ -20,8 +20,9 @@ if __name__ == "__main__":
 
 import torch
 
-from convert import add_common_flags, cnn_track, convert_run, members_to_train, open_data, open_device, work_of
-from models import IMAGE_SHAPE, make_network
+from convert import (
+    add_common_flags, cnn_track, convert_run, example_of, members_to_train, open_data, open_device, work_of,
+)  # fmt: skip
 from rnorm.conversions import find_conversion
 from rnorm.data import DATASETS, check_data_size
 from rnorm.devices import set_precision
@@ -31,23 +32,26 @@ from rnorm.runs import Member, Settings, has_files_of_a_run
 from train import Session, duration, train
 
 
-def kept(member: Member, keep: str | None) -> tuple[int, int]:
-    """(how many checkpoints of a network stay on disk, bytes of each); `keep` is that of the command line."""
-    settings = member.settings
-    model = make_network(settings.network, 10).to("meta")
-    if not member.is_cnn:
-        conversion = find_conversion(member.conversion)
-        model, keep = conversion.convert(model, IMAGE_SHAPE), keep or conversion.keep
-    numbers = sum(p.numel() for p in model.parameters()) * (2 if settings.momentum else 1)
-    size = numbers * (8 if settings.precision == "float64" else 4) + 50_000
-    return 1 if keep == "last" and not member.is_cnn else len(member.evaluations), size
+def checkpoints(members: list[Member], keep: str | None) -> dict[Member, tuple[int, int]]:
+    """(how many checkpoints of each network stay on disk, bytes of each); `keep` is that of the command line."""
+    sizes, kept = {}, {}
+    for member in members:
+        if member.conversion not in sizes:
+            numbers = sum(p.numel() for p in example_of(member, 10).parameters())
+            if member.settings.momentum:
+                numbers *= 2
+            sizes[member.conversion] = numbers * (8 if member.settings.precision == "float64" else 4) + 50_000
+        if not member.is_cnn and (keep or find_conversion(member.conversion).keep) == "last":
+            kept[member] = 1, sizes[member.conversion]
+        else:
+            kept[member] = len(member.evaluations), sizes[member.conversion]
+    return kept
 
 
-def disk_space(run: Path, members: list[Member], keep: str | None) -> tuple[int, int]:
-    """(bytes that the run has still to write, bytes free where it writes them)."""
-    checkpoints = [kept(member, keep) for member in members]
-    total = sum(count * size for count, size in checkpoints)
-    total += max(size for _, size in checkpoints)  # latest.pyT
+def disk_space(run: Path, kept: dict[Member, tuple[int, int]]) -> tuple[int, int]:
+    """(bytes that the run has still to write, bytes free where it writes them); `kept` as `checkpoints` returns it."""
+    total = sum(count * size for count, size in kept.values())
+    total += max(size for _, size in kept.values())  # latest.pyT
     there = sum(size for _, _, size in files_below(run))
     nearest = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
     if not nearest.is_dir():
@@ -56,9 +60,10 @@ def disk_space(run: Path, members: list[Member], keep: str | None) -> tuple[int,
 
 
 def print_plan(
-    run: Path, settings: Settings, members: list[Member], dataset: str, keep: str | None, needed: int, free: int
+    run: Path, settings: Settings, kept: dict[Member, tuple[int, int]], dataset: str, needed: int, free: int
 ) -> None:
-    cnn, converted = members[0], members[1:]
+    """Print what a run will train and write; `kept` as `checkpoints` returns it."""
+    cnn, *converted = kept
     print(f"run         {run}")
     print(f"data        {dataset}, {settings.data_size or 'all'} training images, batches of {settings.batch_size}")
     print(f"CNN         {cnn.epochs} epochs, learning rate {cnn.lr}; evaluated at 0 and every epoch")
@@ -66,7 +71,7 @@ def print_plan(
         of_it = [member for member in converted if member.conversion == conversion]
         name = "eLCNs" if conversion == "lc" else conversion
         print(f"{name:<11} {len(of_it)}, from these epochs of the CNN: {' '.join(str(m.split) for m in of_it)}")
-        count, size = kept(of_it[0], keep)
+        count, size = kept[of_it[0]]
         print(f"            {count} {'checkpoint stays' if count == 1 else 'checkpoints'} of each, {size / 1e6:.0f} MB")
     if converted:
         print(f"            {converted[0].epochs} epochs each, learning rate {converted[0].lr}; evaluated at their own")
@@ -119,13 +124,14 @@ def main(argv: list[str]) -> int:
     if args.cnn_only:
         converted = []
     with writing(run, "name another --results_dir"):
-        needed, free = disk_space(run, [cnn, *converted], args.keep)
+        kept = checkpoints([cnn, *converted], args.keep)
+        needed, free = disk_space(run, kept)
     if args.exec == 0:
         if args.dataset in DATASETS and DATASETS[args.dataset].images:  # not downloaded just to print a plan
             check_data_size(settings.data_size, DATASETS[args.dataset].images)
         else:
             open_data(args.dataset, args.data_dir, settings, torch.device("cpu"))
-        print_plan(run, settings, [cnn, *converted], args.dataset, args.keep, needed, free)
+        print_plan(run, settings, kept, args.dataset, needed, free)
         return COMPLETE
     if needed > free:
         raise Stop(

@@ -55,7 +55,8 @@ class Server:
 
     def start(self, script: str, *arguments: object, **options: object) -> Study:
         """Start a study. Options: `fault`, arguments of `Fault`; `save_every` seconds that latest.pyT is written;
-        `stdout`, a file for its output, in place of one that `wait` reads; `env`, environment variables to set."""
+        `stdout`, a file for its output, in place of one that `wait` reads; `env`, environment variables to set;
+        `threads` of torch."""
         self.count += 1
         log = self.directory / f"study{self.count}"
         for end in (".out", ".err"):
@@ -166,11 +167,13 @@ def fill(filler: str) -> None:
 def child(request: dict) -> None:
     """Be a study."""
     import small_study
+    import torch
     import train
     from rnorm import cli
 
     os.setsid()
     os.environ.update(request.get("env", {}))
+    torch.set_num_threads(request.get("threads", 1))
     train.SAVE_EVERY = request.get("save_every", train.SAVE_EVERY)
     streams = (request.get("stdout", request["log"] + ".out"), request["log"] + ".err")
     for number, path in enumerate(streams, start=1):
@@ -198,6 +201,7 @@ def serve() -> None:
         elif "wait_stopped" in request:
             reply = os.waitpid(request["wait_stopped"], os.WUNTRACED)[1]
         else:
+            assert not torch.cuda.is_initialized()  # CUDA does not survive a fork
             reply = os.fork()
             if reply == 0:
                 status = 70
