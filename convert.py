@@ -11,9 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rnorm.cli import (
-    COMPLETE, DIVERGED, ENVIRONMENT, Parser, Stop, check_signals, finish, note_signals, stopping_at_once,
-)  # fmt: skip
+from rnorm.cli import COMPLETE, DIVERGED, Parser, Stop, check_signals, finish, note_signals, stopping_at_once
 
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
@@ -143,7 +141,7 @@ def open_device(name: str) -> torch.device:
     try:
         return pick_device(name)
     except DeviceError as error:
-        raise Stop(f"--device {name}: {error}", ENVIRONMENT) from None
+        raise Stop(f"--device {name}: {error}; or use --device cpu") from None
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:

@@ -72,10 +72,9 @@ def train(track: Track, session: Session) -> bool:
     step = make_step(track, session)
     progress = Progress(track, session)
     try:
+        finite = True
         if not track.history:  # the network at its start
             finite = evaluate_and_record(track, step, session, progress)
-        else:
-            finite = True
         while finite and not track.complete:
             finite = train_epoch(track, step, session, progress)
             if finite and track.epoch in member.evaluations:

@@ -102,9 +102,11 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory, of the machine or of a GPU, is exhausted; torch has several kinds of it."""
-    words = "out of memory|DefaultCPUAllocator|STATUS_ALLOC_FAILED"
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
+    """Whether memory ran out, of the GPU or of the machine; torch has several errors for it, all RuntimeErrors."""
+    words = r"out of memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC(ATION)?_FAILED|DefaultCPUAllocator"
+    if isinstance(error, RuntimeError):
+        return re.search(words, str(error)) is not None
+    return isinstance(error, MemoryError)
 
 
 def finish(main: Callable[[list[str]], int], argv: list[str], saves: bool = True) -> None:

@@ -72,14 +72,14 @@ def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:
         log_prod_norm += 0.5 * math.log(squared) if squared > 0 else -math.inf
         if isinstance(layer, LocallyConnected2d) or hasattr(layer, "local"):
             if isinstance(layer, LocallyConnected2d):
-                filters = layer.state_dict()["weight"][0].flatten(2, 3).transpose(1, 2)  # (C_out, L, C_in, k_h * k_w)
-                away = 0.0
+                filters = layer.filters.detach()  # (1, C_out, C_in, H_out, W_out, k_h * k_w)
+                away = _squared(filters - filters.mean((3, 4), keepdim=True))
             else:  # what an eFCN made of a convolution; `conversions.matrix_of`
                 matrices = layer.weight.detach().view(-1, *layer.local.shape)  # (C_out, L, inputs)
                 filters = matrices[:, layer.local].view(len(matrices), len(layer.local), -1)
-                away = sum(_squared(matrix.masked_fill(layer.local, 0)) for matrix in matrices)
-                outside = (outside or 0.0) + away
-            away += _squared(filters - filters.mean(1, keepdim=True))
+                further = sum(_squared(matrix.masked_fill(layer.local, 0)) for matrix in matrices)
+                away = further + _squared(filters - filters.mean(1, keepdim=True))
+                outside = (outside or 0.0) + further
             deviation, total = deviation + away, total + squared
             untied[f"untied_{i}"] = _root_ratio(away, squared)
         elif isinstance(layer, nn.Conv2d):
