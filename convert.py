@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from models import IMAGE_SHAPE, load_network, make_network
+from models import IMAGE_SHAPE, make_network
 from rnorm.checkpoints import Track
 from rnorm.conversions import CONVERSIONS, find_conversion, layers_of
 from rnorm.data import Data, NoData, load_data
@@ -46,23 +46,17 @@ def cnn_track(session: Session) -> Track:
 
 
 def load_cnn(session: Session, epoch: int) -> nn.Module:
-    """The run's CNN after `epoch` epochs; a checkpoint that was deleted or is damaged is made anew.
-
-    Raises RnormError if the CNN has not been trained that far.
-    """
-    path = Member(session.settings).checkpoint(session.run, epoch)
+    """The run's CNN after `epoch` epochs; a checkpoint that was deleted or is damaged is made anew."""
     track = cnn_track(session)
-    if not track.has(epoch):
-        if epoch not in track.recorded_epochs():
-            raise RnormError(f"{path} does not exist; train the CNN that far first (experiments.py)")
+    track.restore_before(epoch)
+    if track.evaluated[-1:] != [epoch]:
         with lock_directory(session.run):
             remake(track, epoch, session)
-    return load_network(path).to(session.device, memory_format=torch.channels_last)
+    return track.model
 
 
 def remake(track: Track, epoch: int, session: Session) -> None:
-    """Train the CNN again from the newest good checkpoint before `epoch`, and write that of `epoch` alone."""
-    track.restore_before(epoch)
+    """Train the CNN on from an earlier checkpoint, and write that of `epoch` alone."""
     print(f"CNN: {track.path(epoch).name} is not on disk; it is made anew from epoch {track.epoch}")
     step = make_step(track, session)
     if not track.history:
@@ -82,16 +76,21 @@ def convert_and_train(session: Session, member: Member) -> bool:
     check_signals()
     run, settings, image_shape = session.run, session.settings, session.data.image_shape
     conversion = find_conversion(member.conversion)
-    set_precision(settings.precision)
-    cnn = load_cnn(session, member.split)
-    model = conversion.convert(cnn, image_shape)
+    cnn_at_start = cnn_track(session)
+    path = cnn_at_start.path(member.split)
+    if not path.exists() and member.split not in cnn_at_start.recorded_epochs():
+        raise RnormError(f"{path} does not exist; train the CNN that far first (experiments.py)")
+    model = conversion.convert(cnn_at_start.model, image_shape)
     rates = conversion.rates(layers_of(model), image_shape, member.lr)
     with lock_directory(member.directory(run)):
         track = Track(run, member, model, rates, session.keep or conversion.keep)
         track.restore()
-        if not track.history:
+        if not track.history:  # only now is the CNN's checkpoint needed
+            set_precision(settings.precision)
+            cnn = load_cnn(session, member.split)
+            track.model = conversion.convert(cnn, image_shape)
             set_precision("float32")
-            difference = largest_difference(cnn, model, session.data.x_train[: settings.batch_size])
+            difference = largest_difference(cnn, track.model, session.data.x_train[: settings.batch_size])
             if not difference <= 1e-5:
                 raise Stop(f"{member.label}: its logits differ from the CNN's by {difference:.1e} of the largest")
         set_precision(settings.precision)

@@ -77,7 +77,7 @@ def print_plan(
 def print_cost(flop: float) -> None:
     """Say what training on the CPU costs."""
     time = duration(flop / 100e9)
-    print(f"training on the CPU: {flop / 1e12:,.1f} TFLOP, at 100 GFLOP/s {time}, and the evaluations")
+    print(f"training on the CPU: {flop / 1e9:,.0f} GFLOP, at 100 GFLOP/s {time}, and the evaluations")
 
 
 def open_run(run: Path, fresh: bool) -> Lock:

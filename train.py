@@ -64,29 +64,32 @@ def train(track: Track, session: Session) -> bool:
     """
     member = track.member
     if track.ended:
-        diverged = None if track.complete else diverged_at(track.run, member)
-        print(f"{member.label}: {'complete' if track.complete else f'diverged in epoch {diverged}'}")
-        return track.complete
+        if not track.complete:
+            print(f"{member.label}: diverged in epoch {diverged_at(track.run, member)}")
+            return False
+        if network_status(track.run, member).get("state") != "complete":  # killed before it was noted
+            note_network(track.run, member, state="complete", epoch=member.epochs)
+        print(f"{member.label}: complete")
+        return True
     if track.history:
         print(f"{member.label}: continues in epoch {min(track.epoch + 1, member.epochs)}")
     step = make_step(track, session)
     progress = Progress(track, session)
     try:
         finite = True
-        if not track.history:  # the network at its start
-            finite = evaluate_and_record(track, step, session, progress)
         while finite and not track.complete:
-            finite = train_epoch(track, step, session, progress)
-            if finite and track.epoch in member.evaluations:
+            if track.due:
                 finite = evaluate_and_record(track, step, session, progress)
+            else:
+                finite = train_epoch(track, step, session, progress)
     except Interrupted:
         track.save_latest()
         raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        track.save_latest()
-        message = f"{member.label}: out of memory; lower --batch_size. All before is saved"
+        # Nothing is saved now: memory may have ended in the midst of a step, when some weights had taken it.
+        message = f"{member.label}: out of memory; lower --batch_size. What was saved before is intact"
         raise Stop(message, ENVIRONMENT) from None
     finally:
         progress.close()
@@ -190,13 +193,14 @@ class Progress:
         epochs_done = track.epoch - self.first
         if epochs_done <= 0:
             return ""
-        left = (time.monotonic() - self.started) / epochs_done * (track.member.epochs - track.epoch)
-        if not self.later or not track.member.epochs:
-            return f", {duration(left)} left"
-        flop_per_second = work[track.member] / track.member.epochs * epochs_done / (time.monotonic() - self.started)
-        left_in_all = left + sum(work[member] for member in self.later) / flop_per_second
-        end = datetime.now() + timedelta(seconds=left_in_all)
-        return f", {duration(left)} left, {duration(left_in_all)} in all, until {end:%a %H:%M}"
+        seconds = time.monotonic() - self.started
+        left = left_in_all = seconds / epochs_done * (track.member.epochs - track.epoch)
+        text = f", {duration(left)} left"
+        if self.later:
+            flop_per_second = work[track.member] / track.member.epochs * epochs_done / seconds
+            left_in_all += sum(work[member] for member in self.later) / flop_per_second
+            text += f", {duration(left_in_all)} in all"
+        return f"{text}, until {datetime.now() + timedelta(seconds=left_in_all):%a %H:%M}"
 
     def close(self) -> None:
         self.bar.close()

@@ -150,6 +150,11 @@ class Track:
         return self.evaluated[-1:] == [self.member.epochs]
 
     @property
+    def due(self) -> bool:
+        """Whether the network is to be evaluated as it stands."""
+        return self.step == 0 and self.epoch in self.member.evaluations and self.epoch not in self.evaluated
+
+    @property
     def ended(self) -> bool:
         """Whether nothing is left to train: the network is complete, or status.json says that it diverged."""
         return bool(self.history) and self._ended(self.history)
@@ -201,7 +206,7 @@ class Track:
         self._tidy()
 
     def _tidy(self) -> None:
-        if self.keep == "last":
+        if self.keep == "last" and self.path(self.evaluated[-1]).exists():
             for epoch in self.evaluated[:-1]:
                 self.path(epoch).unlink(missing_ok=True)
         if self.complete:
@@ -226,10 +231,6 @@ class Track:
         self._say_what_is_missing()
         if self.history:
             self._tidy()
-
-    def has(self, epoch: int) -> bool:
-        """Whether the checkpoint of `epoch` is on disk and good; a damaged one is set aside."""
-        return self._read(self.path(epoch)) is not None
 
     def recorded_epochs(self) -> list[int]:
         """The epochs in the history on disk."""

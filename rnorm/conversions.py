@@ -151,6 +151,8 @@ def find_conversion(name: str) -> Conversion:
         return CONVERSIONS[name]
     if re.fullmatch(r"lc\d+(\+\d+)*", name):
         only = {int(index) for index in name[2:].split("+")}
+        if name != (ordered := "lc" + "+".join(map(str, sorted(only)))):  # one network has one name
+            raise ValueError(f"{name}: to be written {ordered}")
         return Conversion(lambda cnn, image_shape: untie(cnn.net, image_shape, only))
     names = ", ".join(CONVERSIONS)
     raise ValueError(f"{name}: no such conversion; there are {names}, and lc with indices of layers, such as lc1+9")

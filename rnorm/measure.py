@@ -4,14 +4,17 @@ Source of the definitions: arXiv:2206.05317, section 5 (the R-norm experiment), 
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnorm.cli import check_signals
-from rnorm.data import Data
 from rnorm.layers import LocallyConnected2d, layer_shapes
+
+if TYPE_CHECKING:  # what reads histories needs KEYS, but no images
+    from rnorm.data import Data
 
 EVALUATION_BATCH = 500  # images per forward pass; no result depends on it beyond rounding
 
@@ -112,7 +115,7 @@ def logits_of(net: nn.Module, x: Tensor) -> Tensor:
         net.train(training)
 
 
-def evaluate(net: nn.Sequential, fast: nn.Module, data: Data) -> dict[str, float]:
+def evaluate(net: nn.Sequential, fast: nn.Module, data: "Data") -> dict[str, float]:
     """All recorded quantities but `checkpoints`, as Python numbers; the order of `KEYS`.
 
     `net` holds the weights, `fast` computes the same function (`fast.streamline`, or `net` itself).

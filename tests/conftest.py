@@ -1,20 +1,17 @@
-import signal
+import os
+import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: no test computes on a GPU
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import numpy as np
+import pytest
+from forked import Server
 
-@pytest.fixture(autouse=True)
-def restore_signals():
-    """Scripts called within a test catch signals; put the handlers back afterwards."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+SMALL = ("--network", "small", "--device", "cpu", "--epochs", 3, "--n_splits", 2, "--batch_size", 10)
+"""A study of three networks, 6 steps an epoch: the CNN, the eLCN from 1 and the eLCN from 3."""
 
 
 def make_arrays(train: int = 60, test: int = 30, classes: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
@@ -34,3 +31,44 @@ def npz(tmp_path):
     path = tmp_path / "tiny.npz"
     np.savez(path, **make_arrays())
     return path
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("logs"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """As `npz`, once for all."""
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, **make_arrays())
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(server, data, tmp_path_factory):
+    """The run of the study SMALL that nothing happened to."""
+    results = tmp_path_factory.mktemp("undisturbed")
+    assert server.run("experiments.py", *SMALL, "--dataset", data, "--results_dir", results).status == 0
+    return next(results.iterdir())
+
+
+@pytest.fixture
+def command(data, tmp_path):
+    """The command line of the study SMALL; `run_of` tells where its run lies."""
+    return ["experiments.py", *SMALL, "--dataset", data, "--results_dir", tmp_path / "results"]
+
+
+def run_of(command: list) -> Path:
+    return next(Path(command[-1]).iterdir())
+
+
+@pytest.fixture
+def copy(undisturbed, command):
+    """The complete run's directory, as `command` left it."""
+    run = Path(command[-1]) / undisturbed.name
+    shutil.copytree(undisturbed, run)
+    return run

@@ -72,23 +72,26 @@ class Server:
 
 
 class Fault:
-    """Does `action` at the `at`-th of the calls open, write (half of it is done), fsync, replace, rename, unlink, step.
+    """Does `action` at the `at`-th of the calls open, write (half of it is done), fsync, replace, rename, unlink, step,
+    stepped (as step, but after it).
 
-    action: "kill" (with -9), "stop" (until SIGCONT), "fill" (the disk that `filler` lies on), "oom" (a GPU's memory is
+    action: "kill" (with -9), "stop" (until SIGCONT), "fill" (the disk that `filler` lies on), "oom" (memory is
     exhausted), or a signal's name. file: only calls on files with this in their path count; call: only this call
-    counts. `step`, a step of training, counts only if it is named.
+    counts. `step`, `stepped` and `evaluate`, of training, count only if they are named.
     """
 
     def __init__(self, action: str, at: int, file: str = "", call: str = "", filler: str = ""):
         self.action, self.left, self.file, self.call, self.filler = action, at, file, call, filler
-        import fast
-        import runs
+        import train
+        from rnorm import fast, files
 
-        runs.open = self.open
+        files.open = self.open
         for where, name in ((os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "unlink")):
             setattr(where, name, self.wrap(name, getattr(where, name)))
-        if call == "step":
-            fast.Step.__call__ = self.wrap("step", fast.Step.__call__)
+        if call in ("step", "stepped"):
+            fast.Step.__call__ = self.wrap(call, fast.Step.__call__)
+        if call == "evaluate":
+            train.evaluate = self.wrap(call, train.evaluate)
 
     def reached(self, call: str, file: object) -> None:
         if isinstance(file, int):
@@ -113,6 +116,9 @@ class Fault:
 
     def wrap(self, name: str, function):
         def faulty(path, *args, **kwargs):
+            if name == "stepped":
+                function(path, *args, **kwargs)
+                return self.reached(name, path)
             self.reached(name, path)
             return function(path, *args, **kwargs)
 
@@ -159,9 +165,9 @@ def fill(filler: str) -> None:
 
 def child(request: dict) -> None:
     """Be a study."""
-    import cli
     import small_study
     import train
+    from rnorm import cli
 
     os.setsid()
     os.environ.update(request.get("env", {}))
@@ -169,18 +175,16 @@ def child(request: dict) -> None:
     streams = (request.get("stdout", request["log"] + ".out"), request["log"] + ".err")
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY), number)
-    interrupt = cli.Interrupt()
+    cli.note_signals()
     if "fault" in request:
         Fault(**request["fault"])
-    main = small_study.SCRIPTS[request["argv"][0]]
-    cli.finish(lambda argv, interrupt: main(argv, interrupt, small_study.small_cnn), request["argv"], interrupt)
+    cli.finish(small_study.SCRIPTS[request["argv"][0]], request["argv"])
 
 
 def serve() -> None:
     replies = os.fdopen(os.dup(1), "w")
-    import torch
-
     import small_study  # the seconds that every study is spared
+    import torch
 
     torch.set_num_threads(1)  # a process that had several could not be forked
     network = small_study.small_cnn()

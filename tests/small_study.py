@@ -1,23 +1,15 @@
-"""experiments.py and convert.py with a CNN small enough for tests: `python small_study.py experiments.py --epochs 2`.
-
-Everything but the network is the real thing, signals from the first moment on included.
-"""
+"""The study's scripts with a CNN small enough for tests, a network like any other: `--network small`."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cli import Interrupt, finish
-
-if __name__ == "__main__":
-    INTERRUPT = Interrupt()
-
 from torch import nn
 
 import convert
 import experiments
-from models import ConvNet
+from models import NETWORKS, ConvNet
 
 
 def small_cnn(num_classes: int = 10) -> ConvNet:
@@ -29,14 +21,13 @@ def small_cnn(num_classes: int = 10) -> ConvNet:
     )  # fmt: skip
 
 
+NETWORKS["small"] = small_cnn
 SCRIPTS = {"experiments.py": experiments.main, "convert.py": convert.main}
 
 
 def run(script: str, *arguments: object) -> int:
-    """One script in this process, with the small CNN; returns its exit status or raises cli.Stop."""
-    return SCRIPTS[script]([str(a) for a in arguments], Interrupt(), small_cnn)
-
-
-if __name__ == "__main__":
-    main = SCRIPTS[sys.argv[1]]
-    finish(lambda argv, interrupt: main(argv, interrupt, small_cnn), sys.argv[1:], INTERRUPT)
+    """One script in this process, on the CPU and with the small CNN; returns its exit status or raises cli.Stop."""
+    argv = [*map(str, arguments), "--device", "cpu"]
+    if script == "experiments.py":
+        argv += ["--network", "small"]
+    return SCRIPTS[script](argv)

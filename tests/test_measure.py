@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from small_study import small_cnn
 from torch import nn
 
-from convert import untie
-from data import Data
-from measure import KEYS, evaluate, multiclass_margins, norms, published_margins, training_flop
 from models import skinnyprime
-from small_study import small_cnn
+from rnorm.conversions import untie
+from rnorm.data import Data
+from rnorm.measure import KEYS, evaluate, multiclass_margins, norms, published_margins, training_flop
 
 LOGITS = torch.tensor([[3.0, 1.0, 0.0, -2.0], [3.0, 1.0, 0.0, -2.0], [3.0, 1.0, 0.0, -2.0]])
 LABELS = torch.tensor([0, 1, 3])  # right, wrong, wrong
