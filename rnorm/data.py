@@ -124,12 +124,12 @@ def npz(data_dir: Path, dataset: str) -> dict[str, np.ndarray]:
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or not len(x):
-            raise RnormError(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N at least 1")
+            raise RnormError(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N > 0")
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            raise RnormError(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be integers ({len(x)},), one per image")
+            raise RnormError(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be {len(x)} integers")
     classes = np.unique(arrays["y_train"])
     if len(classes) < 3 or classes[0] != 0 or classes[-1] != len(classes) - 1:
-        raise RnormError(f"{path}: the labels in y_train have to be 0, 1, ..., c-1, each at least once, and c at least 3")
+        raise RnormError(f"{path}: y_train has to hold the labels 0, 1, ..., c-1, each of them, and c at least 3")
     if arrays["y_test"].min() < 0 or arrays["y_test"].max() >= len(classes):
         raise RnormError(f"{path}: y_test has labels outside 0 to {len(classes) - 1}, the classes of y_train")
     return arrays | {name: arrays[name].astype(np.int64) for name in ("y_train", "y_test")}

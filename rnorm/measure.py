@@ -68,26 +68,30 @@ def training_flop(net: nn.Sequential, image_shape: tuple[int, ...]) -> int:
 def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:
     """`norm`, `log_prod_norm` and the `untied` keys of a network, and `nonlocal` of an eFCN; biases do not count."""
     norm = log_prod_norm = 0.0
-    deviation, total, untied, outside = 0.0, 0.0, {}, None
+    deviation, total, outside, untied = 0.0, 0.0, 0.0, {}
+    fully_connected = False
     for i, layer, count in weighted_layers(net, image_shape):
         squared = count * _squared(layer.weight)
         norm += squared
         log_prod_norm += 0.5 * math.log(squared) if squared > 0 else -math.inf
-        if isinstance(layer, LocallyConnected2d) or hasattr(layer, "local"):
-            if isinstance(layer, LocallyConnected2d):
-                filters = layer.filters.detach()  # (1, C_out, C_in, H_out, W_out, k_h * k_w)
-                away = _squared(filters - filters.mean((3, 4), keepdim=True))
-            else:  # what an eFCN made of a convolution; `conversions.matrix_of`
-                matrices = layer.weight.detach().view(-1, *layer.local.shape)  # (C_out, L, inputs)
-                filters = matrices[:, layer.local].view(len(matrices), len(layer.local), -1)
-                further = sum(_squared(matrix.masked_fill(layer.local, 0)) for matrix in matrices)
-                away = further + _squared(filters - filters.mean(1, keepdim=True))
-                outside = (outside or 0.0) + further
-            deviation, total = deviation + away, total + squared
-            untied[f"untied_{i}"] = _root_ratio(away, squared)
-        elif isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d):
             untied[f"untied_{i}"] = 0.0
-    if outside is not None:
+            continue
+        if isinstance(layer, LocallyConnected2d):
+            filters = layer.filters.detach()  # (1, C_out, C_in, H_out, W_out, k_h * k_w)
+            away = _squared(filters - filters.mean((3, 4), keepdim=True))
+        elif hasattr(layer, "local"):  # what an eFCN made of a convolution; `conversions.matrix_of`
+            matrices = layer.weight.detach().view(-1, *layer.local.shape)  # (C_out, positions, inputs)
+            filters = matrices[:, layer.local].view(*matrices.shape[:2], -1)  # (C_out, positions, C_in * k_h * k_w)
+            nonlocal_part = sum(_squared(matrix.masked_fill(layer.local, 0)) for matrix in matrices)
+            away = _squared(filters - filters.mean(1, keepdim=True)) + nonlocal_part
+            outside += nonlocal_part
+            fully_connected = True
+        else:
+            continue
+        deviation, total = deviation + away, total + squared
+        untied[f"untied_{i}"] = _root_ratio(away, squared)
+    if fully_connected:
         untied["nonlocal"] = outside / total if total > 0 else 0.0
     return {"norm": norm, "log_prod_norm": log_prod_norm, "untied": _root_ratio(deviation, total), **untied}
 

@@ -424,7 +424,8 @@ def test_the_layer_documents_what_it_does():
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0, 1, 5, 3), (1, 1, 5, 6), (1, 1, 5, 3, 0), (1, 1, 5, 3, 1, -1), (1, 1, (8, 8, 3), 3), (1, 1, (8,), 3)]
+    "arguments",
+    [(0, 1, 5, 3), (1, 1, 5, 6), (1, 1, 5, 3, 0), (1, 1, 5, 3, 1, -1), (1, 1, (8, 8, 3), 3), (1, 1, (8,), 3)],
 )
 def test_impossible_sizes_are_refused(arguments):
     with pytest.raises(ValueError):
