@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from models import IMAGE_SHAPE, make_network
-from rnorm.checkpoints import Track
+from rnorm.checkpoints import Track, load_weights
 from rnorm.conversions import CONVERSIONS, find_conversion, layers_of
 from rnorm.data import Data, NoData, load_data
 from rnorm.devices import DeviceError, pick_device, set_precision
@@ -88,9 +88,9 @@ def convert_and_train(session: Session, member: Member) -> bool:
         if not track.history:  # only now is the CNN's checkpoint needed
             set_precision(settings.precision)
             cnn = load_cnn(session, member.split)
-            track.model = conversion.convert(cnn, image_shape)
+            load_weights(model, {"weights": conversion.convert(cnn, image_shape).state_dict()})
             set_precision("float32")
-            difference = largest_difference(cnn, track.model, session.data.x_train[: settings.batch_size])
+            difference = largest_difference(cnn, model, session.data.x_train[: settings.batch_size])
             if not difference <= 1e-5:
                 raise Stop(f"{member.label}: its logits differ from the CNN's by {difference:.1e} of the largest")
         set_precision(settings.precision)

@@ -91,7 +91,7 @@ def matrix_of(layer: LocallyConnected2d) -> nn.Linear:
     L is the number of positions. Zero outside the local fields; its buffer `local`, bool (L, C_in * H * W) and no part
     of the state dict, says which inputs each position reads.
     """
-    weight = layer.state_dict()["weight"][0]  # (C_out, C_in, H_out, W_out, k_h * k_w)
+    weight = layer.filters.detach()[0]  # (C_out, C_in, H_out, W_out, k_h * k_w)
     channels, positions, device = weight.shape[0], weight[0, 0, ..., 0].numel(), weight.device
     height, width = (size + 2 * zeros for size, zeros in zip(layer.input_size, layer.padding))
     inputs = layer.in_channels * height * width

@@ -18,23 +18,20 @@ from rnorm.data import Data
 from rnorm.layers import LocallyConnected2d
 from rnorm.measure import evaluate, norms
 from rnorm.runs import Settings
+from small_study import small_cnn
 
 IMAGE = (3, 32, 32)
 
 
-def small(num_classes: int = 10, *dropout: nn.Module) -> models.ConvNet:
-    """Padding, stride, unread rows and two convolutions, as in skinnyprime, with 1,000 times less arithmetic."""
-    return models.ConvNet(
-        nn.ZeroPad2d(1), nn.Conv2d(3, 4, 4, stride=4), nn.ReLU(), nn.MaxPool2d(3, 2),  # 4 x 8 x 8, then 3 x 3
-        nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(3, 2),  # 4 x 3 x 3, then 1 x 1
-        nn.Flatten(), *dropout, nn.Linear(4, num_classes),
-    )  # fmt: skip
+def dropping(num_classes: int = 10) -> models.ConvNet:
+    """The small network with dropout."""
+    layers = list(small_cnn(num_classes).net)
+    return models.ConvNet(*layers[:-1], nn.Dropout(0.3), layers[-1])
 
 
 @pytest.fixture(autouse=True)
 def networks(monkeypatch):
-    monkeypatch.setitem(models.NETWORKS, "small", small)
-    monkeypatch.setitem(models.NETWORKS, "dropping", lambda num_classes: small(num_classes, nn.Dropout(0.3)))
+    monkeypatch.setitem(models.NETWORKS, "dropping", dropping)
 
 
 def data_of(num_classes: int = 3, dtype: torch.dtype = torch.float64) -> Data:
@@ -70,7 +67,7 @@ def test_skinnyprimes_efcn_has_the_published_layers():
 @pytest.mark.parametrize("conversion", ["lc", "lc1", "lc5", "lc1+5", "fc"])
 def test_every_rung_of_the_ladder_computes_and_records_the_same(conversion):
     torch.manual_seed(0)
-    cnn, data = small().double(), data_of()
+    cnn, data = small_cnn().double(), data_of()
     rung = layers_of(find_conversion(conversion).convert(cnn, IMAGE))
     assert convert.largest_difference(cnn, rung, data.x_train) < 1e-12
     of_the_cnn, of_the_rung = (evaluate(net, net, data) for net in (cnn.net, rung))
@@ -125,7 +122,7 @@ def test_nonlocal_and_untied_of_an_efcn_worked_by_hand():
 
 
 def test_a_partly_untied_network_unties_just_the_named_layers():
-    net = layers_of(find_conversion("lc5").convert(small(), IMAGE))
+    net = layers_of(find_conversion("lc5").convert(small_cnn(), IMAGE))
     assert isinstance(net[1], nn.Conv2d) and isinstance(net[5], LocallyConnected2d)
     assert [n for n in norms(net, IMAGE) if n.startswith("untied_")] == ["untied_1", "untied_5"]
 
@@ -143,9 +140,9 @@ def test_alexnetprime_has_the_published_layers():
 
 def test_top_five_accuracy_is_recorded_with_more_than_ten_classes():
     data = data_of(12)
-    values = evaluate(small(12).double().net, Logits(data), data)
+    values = evaluate(small_cnn(12).double().net, Logits(data), data)
     assert values["train_acc"] == 0 and values["train_top5_acc"] == 100 and values["test_top5_acc"] == 100
-    net = small(10).double().net
+    net = small_cnn(10).double().net
     assert not any("top5" in key for key in evaluate(net, net, data_of(10)))
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 import experiments
 import interpolate
-import models
 from conftest import make_arrays
 from interpolate import Average, between, train_string
 from rnorm import cli
@@ -20,17 +19,9 @@ from rnorm.conversions import fully_connect, lift, untie
 from rnorm.data import Data
 from rnorm.measure import evaluate
 from rnorm.runs import Settings
+from small_study import small_cnn
 
 IMAGE = (3, 32, 32)
-
-
-def small(num_classes: int = 10) -> models.ConvNet:
-    """Padding, stride, unread rows and two convolutions, as in skinnyprime, with 1,000 times less arithmetic."""
-    return models.ConvNet(
-        nn.ZeroPad2d(1), nn.Conv2d(3, 4, 4, stride=4), nn.ReLU(), nn.MaxPool2d(3, 2),  # 4 x 8 x 8, then 3 x 3
-        nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(3, 2),  # 4 x 3 x 3, then 1 x 1
-        nn.Flatten(), nn.Linear(4, num_classes),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +29,11 @@ def run(tmp_path_factory):
     """A run of the CNN, an eLCN, a partly untied network and an eFCN, for one epoch each."""
     root = tmp_path_factory.mktemp("interpolate")
     np.savez(root / "tiny.npz", **make_arrays())
-    models.NETWORKS["small"] = small
     flags = ["--network", "small", "--dataset", root / "tiny.npz", "--epochs", 1, "--splits", 0, "--batch_size", 20]
     flags += ["--cnn_lr", 0.3, "--lc_lr", 0.2, "--device", "cpu", "--convert_to", "lc", "lc1", "fc"]
     assert experiments.main([str(flag) for flag in [*flags, "--results_dir", root / "runs"]]) == 0
     (run,) = (root / "runs").iterdir()
     return run
-
-
-@pytest.fixture(autouse=True)
-def networks(monkeypatch):
-    monkeypatch.setitem(models.NETWORKS, "small", small)
 
 
 def file_of(run, conversion: str):
@@ -131,7 +116,7 @@ def test_the_points_of_a_string_move_to_their_neighbours_at_once_worked_by_hand(
 
 def test_a_string_takes_sgd_steps_between_fixed_ends():
     torch.manual_seed(0)
-    data, nets = some_data(), [small(3).net for _ in range(3)]
+    data, nets = some_data(), [small_cnn(3).net for _ in range(3)]
     before = [[p.clone() for p in net.parameters()] for net in nets]
     loss = nn.functional.cross_entropy(nets[1](data.x_train), data.y_train)
     gradients = torch.autograd.grad(loss, nets[1].parameters())
@@ -147,7 +132,7 @@ def test_the_simpler_network_is_lifted_to_the_others_form(pair):
     torch.manual_seed(0)
     forms = {"": lambda net: net, "lc1": lambda net: untie(net, IMAGE, {1}), "lc": lambda net: untie(net, IMAGE),
              "fc": lambda net: fully_connect(net, IMAGE)}  # fmt: skip
-    data, nets = some_data(), [forms[name](small(3).net) for name in pair]
+    data, nets = some_data(), [forms[name](small_cnn(3).net) for name in pair]
     for ends in (nets, nets[::-1]):
         lifted = lift(*ends, IMAGE)
         shapes = [[(name, p.shape) for name, p in net.state_dict().items()] for net in lifted]
