@@ -238,17 +238,18 @@ def read_margins(paths: list[Path], margin: str, data_dir: Path, device: str) ->
     for path in paths:
         run, member = member_of(path)
         settings, config = read_config(run)
-        try:
-            data = cached_data(config.get("dataset_file") or settings.dataset, data_dir, settings.data_size, device)
-        except NoData as error:
-            raise Stop(f"{error}; name its directory with --data_dir") from None
-        if data.sha256 != config.get("data_sha256"):
-            raise Stop(f"{path}: the data in {data_dir} are not those of its run; name their directory with --data_dir")
         set_precision(settings.precision)
         try:
             net = load_network(path).to(device)
         except OSError as error:
             raise Stop(f"{path} cannot be read ({error.strerror})") from None
+        dataset, dtype = config.get("dataset_file") or settings.dataset, next(net.parameters()).dtype
+        try:
+            data = cached_data(dataset, data_dir, settings.data_size, device, dtype)
+        except NoData as error:
+            raise Stop(f"{error}; name its directory with --data_dir") from None
+        if data.sha256 != config.get("data_sha256"):
+            raise Stop(f"{path}: the data in {data_dir} are not those of its run; name their directory with --data_dir")
         parts = {}
         for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
             logits = logits_of(net, x)
