@@ -10,11 +10,12 @@ demo: .venv/installed
 	$(BIN)/python experiments.py $(DEMO) --results_dir demo --keep last --device cpu
 	$(BIN)/python plot.py demo/*/ --out demo/figure.png
 
-test: .venv/installed-dev lint
+test: lint
 	$(BIN)/python -m pytest
 
-lint: .venv/installed-dev
+lint: .venv/installed-tests
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck *.sh tests/*.sh .ci/run
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/step.py
@@ -25,6 +26,6 @@ bench: .venv/installed
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+.venv/installed-tests: .venv/installed tests/requirements.txt
+	$(BIN)/pip install --quiet --requirement tests/requirements.txt
 	touch $@

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from models import IMAGE_SHAPE, make_network
-from rnorm.checkpoints import Track
+from rnorm.checkpoints import Track, load_weights
 from rnorm.conversions import CONVERSIONS, find_conversion, layers_of
 from rnorm.data import Data, NoData, load_data
 from rnorm.devices import DeviceError, pick_device, set_precision
@@ -41,7 +41,7 @@ def cnn_track(session: Session) -> Track:
     settings = session.settings
     torch.manual_seed(settings.seed)
     cnn = make_network(settings.network, session.data.num_classes)
-    cnn.to(session.device, memory_format=torch.channels_last)
+    cnn.to(session.device, session.data.x_train.dtype, memory_format=torch.channels_last)
     return Track(session.run, Member(settings), cnn, [settings.cnn_lr] * len(list(cnn.parameters())))
 
 
@@ -83,14 +83,14 @@ def convert_and_train(session: Session, member: Member) -> bool:
     model = conversion.convert(cnn_at_start.model, image_shape)
     rates = conversion.rates(layers_of(model), image_shape, member.lr)
     with lock_directory(member.directory(run)):
-        track = Track(run, member, model, rates, session.keep)
+        track = Track(run, member, model, rates, session.keep or conversion.keep)
         track.restore()
         if not track.history:  # only now is the CNN's checkpoint needed
             set_precision(settings.precision)
             cnn = load_cnn(session, member.split)
-            track.model = conversion.convert(cnn, image_shape)
+            load_weights(model, {"weights": conversion.convert(cnn, image_shape).state_dict()})
             set_precision("float32")
-            difference = largest_difference(cnn, track.model, session.data.x_train[: settings.batch_size])
+            difference = largest_difference(cnn, model, session.data.x_train[: settings.batch_size])
             if not difference <= 1e-5:
                 raise Stop(f"{member.label}: its logits differ from the CNN's by {difference:.1e} of the largest")
         set_precision(settings.precision)
@@ -132,11 +132,12 @@ def example_of(member: Member, num_classes: int) -> nn.Module:
     return cnn if member.is_cnn else find_conversion(member.conversion).convert(cnn, IMAGE_SHAPE)
 
 
-def open_data(dataset: str, data_dir: Path, data_size: int, device: torch.device) -> Data:
-    """`data.load_data` for a script; a signal stops it at once."""
+def open_data(dataset: str, data_dir: Path, settings: Settings, device: torch.device) -> Data:
+    """`data.load_data` for a script, of a run's size and precision; a signal stops it at once."""
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
     try:
         with stopping_at_once():
-            return load_data(dataset, data_dir, data_size, device)
+            return load_data(dataset, data_dir, settings.data_size, device, dtype)
     except NoData as error:
         remedy = "name its directory with --data_dir, or use --dataset FILE.npz or --dataset synthetic"
         raise Stop(f"{error}; {remedy}") from None
@@ -157,15 +158,21 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help=f"conversions: {', '.join(CONVERSIONS)}, or lc with indices of layers, such as lc1+9 (default: lc)",
     )  # fmt: skip
     parser.add_argument(
+        "--keep", choices=("all", "last"),
+        help="which checkpoints of converted networks stay on disk, of skinnyprime's eLCN 31 MB each; all are needed "
+        "only to study weights (default: all, of fc the last)",
+    )  # fmt: skip
+    add_data_flags(parser)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the images lie, and what computes."""
+    parser.add_argument(
         "--data_dir", type=Path, default=Path("data"), metavar="DIR", help="where the images lie (default: data)"
     )
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA if there is one"
     )
-    parser.add_argument(
-        "--keep", choices=("all", "last"), default="all",
-        help="which eLCN checkpoints stay on disk, of 31 MB each; all are needed only to study weights (default: all)",
-    )  # fmt: skip
 
 
 def members_to_train(settings: Settings, conversions: list[str], splits: list[int]) -> list[Member]:
@@ -194,7 +201,7 @@ def main(argv: list[str]) -> int:
     members = members_to_train(settings, args.convert_to, splits)
     device = open_device(args.device)
     dataset = config.get("dataset_file") or settings.dataset
-    data = open_data(dataset, args.data_dir, settings.data_size, device)
+    data = open_data(dataset, args.data_dir, settings, device)
     work = work_of(members, len(data.x_train), data.num_classes)
     session = Session(args.run, settings, data, device, args.keep, work)
     session.begin(config.get("dataset_file"))

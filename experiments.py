@@ -23,7 +23,8 @@ import torch
 from convert import (
     add_common_flags, cnn_track, convert_run, example_of, members_to_train, open_data, open_device, work_of,
 )  # fmt: skip
-from rnorm.data import check_data_size
+from rnorm.conversions import find_conversion
+from rnorm.data import DATASETS, check_data_size
 from rnorm.devices import set_precision
 from rnorm.files import Lock, files_below, lock_directory
 from rnorm.flags import add_settings, settings_of
@@ -31,17 +32,26 @@ from rnorm.runs import Member, Settings, has_files_of_a_run
 from train import Session, duration, train
 
 
-def disk_space(run: Path, members: list[Member], keep: str) -> tuple[int, int]:
-    """(bytes that the run has still to write, bytes free where it writes them)."""
-    total, sizes = 0, {}
+def checkpoints(members: list[Member], keep: str | None) -> dict[Member, tuple[int, int]]:
+    """(how many checkpoints of each network stay on disk, bytes of each); `keep` is that of the command line."""
+    sizes, kept = {}, {}
     for member in members:
         if member.conversion not in sizes:
-            parameters = example_of(member, 10).parameters()
-            sizes[member.conversion] = sum(p.numel() * p.element_size() for p in parameters) + 50_000
-        size = sizes[member.conversion]
-        keeps_all = member.is_cnn or keep == "all"
-        total += size * len(member.evaluations) if keeps_all else size
-    total += max(sizes.values())  # latest.pyT
+            numbers = sum(p.numel() for p in example_of(member, 10).parameters())
+            if member.settings.momentum:
+                numbers *= 2
+            sizes[member.conversion] = numbers * (8 if member.settings.precision == "float64" else 4) + 50_000
+        if not member.is_cnn and (keep or find_conversion(member.conversion).keep) == "last":
+            kept[member] = 1, sizes[member.conversion]
+        else:
+            kept[member] = len(member.evaluations), sizes[member.conversion]
+    return kept
+
+
+def disk_space(run: Path, kept: dict[Member, tuple[int, int]]) -> tuple[int, int]:
+    """(bytes that the run has still to write, bytes free where it writes them); `kept` as `checkpoints` returns it."""
+    total = sum(count * size for count, size in kept.values())
+    total += max(size for _, size in kept.values())  # latest.pyT
     there = sum(size for _, _, size in files_below(run))
     nearest = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
     if not nearest.is_dir():
@@ -49,8 +59,11 @@ def disk_space(run: Path, members: list[Member], keep: str) -> tuple[int, int]:
     return max(0, total - there), shutil.disk_usage(nearest).free
 
 
-def print_plan(run: Path, settings: Settings, members: list[Member], dataset: str, needed: int, free: int) -> None:
-    cnn, converted = members[0], members[1:]
+def print_plan(
+    run: Path, settings: Settings, kept: dict[Member, tuple[int, int]], dataset: str, needed: int, free: int
+) -> None:
+    """Print what a run will train and write; `kept` as `checkpoints` returns it."""
+    cnn, *converted = kept
     print(f"run         {run}")
     print(f"data        {dataset}, {settings.data_size or 'all'} training images, batches of {settings.batch_size}")
     print(f"CNN         {cnn.epochs} epochs, learning rate {cnn.lr}; evaluated at 0 and every epoch")
@@ -58,6 +71,8 @@ def print_plan(run: Path, settings: Settings, members: list[Member], dataset: st
         of_it = [member for member in converted if member.conversion == conversion]
         name = "eLCNs" if conversion == "lc" else conversion
         print(f"{name:<11} {len(of_it)}, from these epochs of the CNN: {' '.join(str(m.split) for m in of_it)}")
+        count, size = kept[of_it[0]]
+        print(f"            {count} {'checkpoint stays' if count == 1 else 'checkpoints'} of each, {size / 1e6:.0f} MB")
     if converted:
         print(f"            {converted[0].epochs} epochs each, learning rate {converted[0].lr}; evaluated at their own")
         print(f"            epochs {' '.join(map(str, converted[0].evaluations))}")
@@ -109,13 +124,14 @@ def main(argv: list[str]) -> int:
     if args.cnn_only:
         converted = []
     with writing(run, "name another --results_dir"):
-        needed, free = disk_space(run, [cnn, *converted], args.keep)
+        kept = checkpoints([cnn, *converted], args.keep)
+        needed, free = disk_space(run, kept)
     if args.exec == 0:
-        if args.dataset == "cifar10":
-            check_data_size(settings.data_size, 50_000)  # CIFAR-10 is not downloaded just to print a plan
+        if args.dataset in DATASETS and DATASETS[args.dataset].images:  # not downloaded just to print a plan
+            check_data_size(settings.data_size, DATASETS[args.dataset].images)
         else:
-            open_data(args.dataset, args.data_dir, settings.data_size, torch.device("cpu"))
-        print_plan(run, settings, [cnn, *converted], args.dataset, needed, free)
+            open_data(args.dataset, args.data_dir, settings, torch.device("cpu"))
+        print_plan(run, settings, kept, args.dataset, needed, free)
         return COMPLETE
     if needed > free:
         raise Stop(
@@ -123,7 +139,7 @@ def main(argv: list[str]) -> int:
             "use --keep last, or name another --results_dir", ENVIRONMENT,
         )  # fmt: skip
     device = open_device(args.device)
-    data = open_data(args.dataset, args.data_dir, settings.data_size, device)
+    data = open_data(args.dataset, args.data_dir, settings, device)
     with writing(run, "name another --results_dir"):
         lock = open_run(run, args.fresh)
     with lock:

@@ -5,8 +5,9 @@
 #   bash   job.sh [CNN_LR LC_LR EPOCHS N_SPLITS] [-- EXPERIMENTS.PY FLAGS]
 #   sbatch job.sh SCRIPT.py [ARGUMENTS]      any script of this repository, in the same environment
 #
-# What is left out is as in experiments.py. Submit from the repository; the log is logs/NAME-JOB.log. Python is that
-# of .venv if there is one; job.env, if there is one, is sourced after it: the place for a site's modules.
+# What is left out is as in experiments.py, but a job to which Slurm gave a GPU runs with --device cuda. Submit from
+# the repository; the log is logs/NAME-JOB.log. Python is that of .venv if there is one; job.env, if there is one, is
+# sourced after it: the place for a site's modules. More in docs/cluster.md.
 #
 # Ahead of the time limit, or of a pre-emption that sends USR1, the run is saved and the job requeues itself, unless
 # it made no progress since it last started. Flags of sbatch, or its variables (SBATCH_ACCOUNT, SBATCH_PARTITION,
@@ -58,6 +59,12 @@ else
   [[ $# -eq 0 || $1 == -- ]] || { sed -n '2,6s/^# \?//p' job.sh >&2; exit 2; }
   arguments+=("${@:2}")
 fi
+
+# With a GPU from Slurm, ask for it outright: a GPU that does not work ends the job, rather than train on the CPU.
+if [[ -n ${SLURM_JOB_GPUS:-}${SLURM_GPUS_ON_NODE:-} && $script =~ ^(experiments|convert)\.py$ ]]; then
+  [[ " ${arguments[*]}" == *" --device"* ]] || arguments+=(--device cuda)
+fi
+
 split=
 case $script in
   experiments.py)
@@ -101,7 +108,7 @@ while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal cu
 status=0
 wait "$child" || status=$?
 
-if ((status == 75)) && [ -n "$spooled" ] && [ "$signal" != TERM ]; then # 75: stopped by USR1 and saved, see cli.py
+if ((status == 75)) && [ -n "$spooled" ] && [ "$signal" != TERM ]; then # 75: stopped by USR1 and saved, see rnorm/cli.py
   if [ "$(progress)" != "$before" ]; then
     echo "job.sh: requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"

@@ -45,7 +45,20 @@ def skinnyprime(num_classes: int = 10) -> ConvNet:
     return ConvNet(*convolutions, nn.Flatten(), nn.Linear(64, num_classes))
 
 
-NETWORKS = {"skinnyprime": skinnyprime}
+def alexnetprime(num_classes: int = 10) -> ConvNet:
+    """The larger CNN: images (N, 3, 32, 32) to logits (N, num_classes). Source: arXiv:1906.06766, section 3."""
+    return ConvNet(
+        nn.ZeroPad2d(2), nn.Conv2d(3, 64, 4, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2),  # 64 x 17 x 17, then 8 x 8
+        nn.ZeroPad2d(2), nn.Conv2d(64, 192, 5), nn.ReLU(), nn.MaxPool2d(3, 2),          # 192 x 8 x 8, then 3 x 3
+        nn.ZeroPad2d(1), nn.Conv2d(192, 384, 3), nn.ReLU(),
+        nn.ZeroPad2d(1), nn.Conv2d(384, 256, 3), nn.ReLU(),
+        nn.ZeroPad2d(1), nn.Conv2d(256, 256, 3), nn.ReLU(), nn.MaxPool2d(3, 2),         # 256 x 3 x 3, then 1 x 1
+        nn.Flatten(), nn.Dropout(), nn.Linear(256, 512), nn.ReLU(), nn.Dropout(), nn.Linear(512, 512), nn.ReLU(),
+        nn.Linear(512, num_classes),
+    )  # fmt: skip
+
+
+NETWORKS = {"skinnyprime": skinnyprime, "alexnetprime": alexnetprime}
 
 
 def make_network(name: str, num_classes: int) -> ConvNet:
@@ -68,8 +81,8 @@ def load_network(path: Path | str) -> nn.Module:
     if not match:
         raise RnormError(f"{path}: its name is not that of a checkpoint, such as skinnyprime_150.pyT")
     try:
-        num_classes = len(list(state["weights"].values())[-1])  # the last is the bias of the last Linear layer
-        model = make_network(match[1], num_classes)
+        bias = list(state["weights"].values())[-1]  # that of the last Linear layer
+        model = make_network(match[1], len(bias)).to(bias.dtype)
         if match[2]:
             model = find_conversion(match[2]).convert(model, IMAGE_SHAPE)
         load_weights(model, state)

@@ -3,23 +3,29 @@
     python plot.py RUN                                        the published figure, as RUN/figure.png, and a summary
     python plot.py RUN RUN ... --out figure.pdf               seeds become mean and band, learning rates rows of panels
     python plot.py RUN --panels untied test_loss multiclass_margin        any recorded quantities
+    python plot.py RUN --convert_to lc tied                   only the networks of these conversions, and the CNN
     python plot.py RUN --reference results/published_figure.csv           with the points of the paper's figure
     python plot.py RUN ... --table table.md --csv all.csv     the CNNs and the best eLCNs; everything recorded
     python plot.py --margins RUN/skinnyprime_150.pyT ...      histograms of the margins of checkpoints
 
-RUN is a directory that experiments.py made. One in progress is plotted as far as it is, seeds as far as all have come.
+RUN is a directory that experiments.py made, or one that holds several of these. A run in progress is plotted as far as
+it is, seeds as far as all have come. The best eLCN is chosen among those that are complete.
 """
 
 import argparse
-import csv
-import dataclasses
 import functools
 import io
+import math
 import sys
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from rnorm.cli import (
+    COMPLETE, ENVIRONMENT, Parser, Stop, check_signals, finish, note_signals, stopping_at_once, writing,
+)  # fmt: skip
+
+if __name__ == "__main__":
+    note_signals()  # torch and matplotlib take seconds to import; a signal in that time must not be lost
 
 import matplotlib
 import numpy as np
@@ -31,21 +37,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from cli import COMPLETE, Interrupt, Parser, Stop, finish
-from runs import ELCN, HISTORY, Settings, label, network_directory, write_file, writing
-
-if __name__ == "__main__":
-    INTERRUPT = Interrupt()  # torch takes seconds to import; a signal in that time must not be lost
-
-from torch import nn
-
-from checkpoints import Damaged, load, load_history, load_weights
-from convert import untie
-from data import load_data
-from fast import streamline
-from measure import KEYS, logits_of, multiclass_margins, published_margins
-from models import skinnyprime
-from train import pick_device
+from models import load_network
+from rnorm.devices import DeviceError, pick_device, set_precision
+from rnorm.files import write_file
+from rnorm.measure import logits_of, multiclass_margins, published_margins
+from rnorm.results import (
+    MARGINS, NORMALIZED, REFERENCE, Group, Network, combine, differences, in_words, not_complete, read_reference,
+    read_runs, summary, table, tidy_rows, to_csv,
+)  # fmt: skip
+from rnorm.runs import Member, converted_members, read_config
 
 LABELS = {
     "log_prod_norm_normalized": "log normalized $R_1$-norm", "train_acc": "train accuracy (%)",
@@ -56,208 +56,149 @@ LABELS = {
     "untied": "distance from tied",
 }  # fmt: skip
 PANELS = ["log_prod_norm_normalized", "train_acc", "test_acc"]
-REFERENCE = {"log_normalized_r1_norm": "log_prod_norm_normalized", "train_acc": "train_acc", "test_acc": "test_acc"}
-NORMALIZED = ("log_prod_norm_normalized", "norm_margin_normalized")
-MARGINS = {"published": ("margin", published_margins), "multiclass": ("multiclass_margin", multiclass_margins)}
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "figure.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.5, "lines.linewidth": 1.2, "savefig.dpi": 300,
-    "pdf.fonttype": 42, "legend.frameon": False, "legend.handlelength": 1.5, "legend.columnspacing": 1.2,
+    "pdf.fonttype": 42, "legend.frameon": False, "legend.handlelength": 2.2, "legend.columnspacing": 1.2,
+    "legend.title_fontsize": 8,
 }  # fmt: skip
 COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.15, 0.82, 256)))  # neither black nor yellow
+DASHES = ["--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3))]  # of conversions other than lc, by order
 RING = {"ls": "none", "marker": "o", "mfc": "white", "ms": 2.6, "mew": 0.5, "zorder": 1.5}
-
-Network = dict[str, np.ndarray]  # a recorded quantity's key to its values, (evaluations,), float64
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run recorded: its networks by split epoch, None for the CNN."""
-
-    path: Path
-    settings: Settings
-    sha256: str
-    networks: dict[int | None, Network]
+CROSS = {"ls": "none", "marker": "X", "mec": "white", "ms": 7, "mew": 0.5, "zorder": 3}
+NAMED_IN_FIGURE = 4  # so many unfinished networks; the summary names all
+ENDINGS = {"out": (".png", ".pdf", ".svg"), "table": (".md", ".csv", ".txt"), "csv": (".csv",)}
+PRINT = Path("-")  # in place of a file: print the table
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that are equal but for the seed: means and standard deviations (of a sample), and numbers of seeds.
+class Look:
+    """How networks are drawn: the CNN in black, others in the colour of their split and the dashes of their conversion.
 
-    All by split epoch, None for the CNN. A network is averaged as far as it has come in all the runs that have it.
+    `splits` and `conversions` are those that a legend has to explain.
     """
 
-    settings: Settings
-    sha256: str
-    mean: dict[int | None, Network]
-    std: dict[int | None, Network]  # zeros for a single seed
-    seeds: dict[int | None, int]
+    def __init__(self, members: list[Member]):
+        converted = [member for member in members if not member.is_cnn]
+        self.splits = sorted({member.split for member in converted})
+        self.conversions = list(dict.fromkeys(member.conversion for member in converted))
+        low, high = 1, 1
+        if self.splits:
+            low, high = max(self.splits[0], 0.5), max(self.splits[-1], 0.5)  # split 0 has no logarithm
+        if low == high:
+            low, high = low / 2, high * 2
+        self.scale = ScalarMappable(LogNorm(low, high), COLOURS)
 
-    @property
-    def splits(self) -> list[int]:
-        return [split for split in self.mean if split is not None]
+    def colour(self, member: Member) -> str | tuple[float, ...]:
+        return "black" if member.is_cnn else self.scale.to_rgba(max(member.split, 0.5))
 
-    @property
-    def best(self) -> int | None:
-        """The eLCN with the highest mean test accuracy at its last evaluation; None if there is no eLCN."""
-        return max(self.splits, key=lambda split: self.mean[split]["test_acc"][-1], default=None)
+    def dashes(self, conversion: str) -> str | tuple:
+        others = [name for name in self.conversions if name != "lc"]
+        return DASHES[others.index(conversion) % len(DASHES)] if conversion in others else "-"
 
-
-def read_run(path: Path, splits: list[int] | None = None) -> Run:
-    """A run's histories, of the CNN and of the eLCNs in `splits` (None: all); raises Stop if it is not one."""
-    settings, config = Settings.of_run(path)
-    networks = {}
-    for split in [None, *(s for s in settings.split_epochs if splits is None or s in splits)]:
-        file = network_directory(path, split) / HISTORY
-        expected = list(range(settings.epochs + 1)) if split is None else settings.elcn_evaluations
-        try:
-            history = load_history(file)
-            evaluated = history["checkpoints"]
-            if not set(KEYS) <= set(history) or evaluated != expected[: len(evaluated)]:
-                raise Damaged("it is not this network's history")
-            if evaluated:
-                networks[split] = {key: np.array(values, np.float64) for key, values in history.items()}
-        except FileNotFoundError:
-            pass  # the network is still to be trained
-        except (Damaged, OSError, OverflowError) as error:
-            raise Stop(f"{file} is damaged ({error}); repeat the run's experiments.py command") from None
-    if None not in networks:
-        raise Stop(f"{path} has recorded nothing yet; start experiments.py, or wait for its first evaluation")
-    return Run(path, settings, str(config.get("data_sha256")), networks)
-
-
-def read_runs(paths: list[Path], splits: list[int] | None) -> list[list[Run]]:
-    """Runs in groups that are equal but for the seed; raises Stop for a split or a seed that makes no sense."""
-    groups: dict[tuple, list[Run]] = {}
-    for path in dict.fromkeys(path.resolve() for path in paths):
-        run = read_run(path, splits)
-        group = groups.setdefault((dataclasses.replace(run.settings, seed=0), run.sha256), [])
-        if twin := next((r for r in group if r.settings.seed == run.settings.seed), None):
-            raise Stop(f"{path} and {twin.path} are the same run twice, down to the seed; name one of them")
-        group.append(run)
-    known = sorted({split for settings, _ in groups for split in settings.split_epochs})
-    if unknown := sorted(set(splits or []) - set(known)):
-        raise Stop(f"--splits {unknown[0]}: there are {' '.join(map(str, known))}")
-    return list(groups.values())
-
-
-def with_margin(network: Network, margin: str) -> Network:
-    """The network with its normalized norms relative to that margin; NaN where the margin is not positive."""
-    values = network[MARGINS[margin][0]]
-    values = np.where(values > 0, values, np.nan)
-    norms = network["log_prod_norm"] - np.log(values), network["norm"] / values
-    return network | dict(zip(NORMALIZED, norms))
-
-
-def combine(runs: list[Run], margin: str) -> Group:
-    """Average runs that are equal but for the seed."""
-    group = Group(dataclasses.replace(runs[0].settings, seed=0), runs[0].sha256, {}, {}, {})
-    for split in [None, *runs[0].settings.split_epochs]:
-        if networks := [with_margin(run.networks[split], margin) for run in runs if split in run.networks]:
-            length = min(len(network["checkpoints"]) for network in networks)
-            keys = [key for key in networks[0] if all(key in network for network in networks)]
-            values = {key: np.array([network[key][:length] for network in networks]) for key in keys}  # (seeds, length)
-            group.seeds[split] = len(networks)
-            with np.errstate(invalid="ignore"):  # a norm can be infinite
-                group.mean[split] = {key: v.mean(0) for key, v in values.items()}
-                group.std[split] = {key: v.std(0, ddof=int(len(v) > 1)) for key, v in values.items()}
-    return group
-
-
-def read_reference(path: Path, splits: list[int] | None) -> dict[int | None, Network]:
-    """Published points by split epoch (None: the CNN), under `epoch` on the CNN's axis and the keys of histories.
-
-    The published norm of an eLCN at its own epoch 0 repeats that of epoch 1; it is no measurement and left out.
-    """
-    points: dict[int | None, list] = {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = ("network", "split_epoch", "epoch", *REFERENCE)
-            if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
-                raise Stop(f"{path} lacks the columns {', '.join(missing)}")
-            for row in reader:
-                split = None if row["network"] == "cnn" else int(row["split_epoch"])
-                values = [float(row[name]) for name in ("epoch", *REFERENCE)]
-                if split is not None and values[0] == split:
-                    values[1] = np.nan
-                if split is None or splits is None or split in splits:
-                    points.setdefault(split, []).append(values)
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise Stop(f"{path} cannot be read as a table of published points ({error})") from None
-    return {split: dict(zip(("epoch", *REFERENCE.values()), np.array(p).T)) for split, p in points.items()}
-
-
-def differences(groups: list[Group]) -> list[dict[str, object]]:
-    """For each group the settings in which the groups differ."""
-    identities = [{**dataclasses.asdict(group.settings), "data_sha256": group.sha256[:8]} for group in groups]
-    names = [name for name in identities[0] if any(i[name] != identities[0][name] for i in identities)]
-    return [{name: identity[name] for name in names} for identity in identities]
+    def line(self, member: Member) -> dict[str, object]:
+        style = {"color": self.colour(member), "ls": self.dashes(member.conversion), "marker": ".", "mew": 0}
+        if member.is_cnn:
+            return style | {"lw": 1.6, "ms": 3, "zorder": 2.5}
+        if member.conversion == "lc":
+            return style | {"ms": 5, "zorder": 2}
+        return style | {"ms": 5, "zorder": 2.2, "markevery": [-1]}  # more marks would hide the dashes
 
 
 def draw(
     groups: list[Group], panels: list[str], margin: str = "published", title: str = "",
-    reference: dict[int | None, Network] | None = None,
+    reference: dict[Member, Network] | None = None,
 ) -> Figure:  # fmt: skip
     """The figure: a row of panels for each group, a line for each network, over epochs on the CNN's axis."""
     reference = reference or {}
-    splits = sorted({split for group in groups for split in group.splits} | set(reference) - {None})
-    low, high = (max(splits[0], 0.5), max(splits[-1], 0.5)) if splits else (1, 1)  # split 0 has no logarithm
-    scale = ScalarMappable(LogNorm(low, high) if low < high else LogNorm(low / 2, high * 2), COLOURS)
-    colours = {None: "black"} | {split: scale.to_rgba(max(split, 0.5)) for split in splits}
-    fig = Figure((1.8 * len(panels) + 0.8, 1.85 * len(groups) + 0.95), layout="constrained")
+    look = Look([*(member for group in groups for member in group.mean), *reference])
+    fig = Figure((1.8 * len(panels) + 0.8, 1.85 * len(groups) + 0.75), layout="constrained")
     axes = fig.subplots(len(groups), len(panels), sharex=True, sharey="col", squeeze=False)
-    for row, group, settings in zip(axes, groups, differences(groups)):
+    for row, group, difference in zip(axes, groups, differences(groups)):
         for ax, panel in zip(row, panels):
-            draw_panel(ax, group, panel, colours)
+            draw_panel(ax, group, panel, look)
             if panel in REFERENCE.values() and (panel not in NORMALIZED or margin == "published"):
-                for split, points in reference.items():
-                    name = f"published, {label(split)}"
-                    ax.plot(points["epoch"], points[panel], color=colours[split], label=name, **RING)
-        words = [f"{name} {value}" for name, value in settings.items()]
-        words += [f"{group.seeds[None]} seeds"] * (group.seeds[None] > 1)
+                draw_reference(ax, reference, panel, look)
+        words = [in_words(difference)] if difference else []
+        if group.seeds[group.cnn] > 1:
+            words.append(f"{group.seeds[group.cnn]} seeds")
         row[0].set_title(", ".join(words), loc="left", parse_math=False)
     for ax in axes[-1]:
         ax.set(xlabel="epochs", xlim=(0, None))
-    legend = [Line2D([], [], color="black", lw=1.6, label="CNN")]
-    if splits:
-        bar = fig.colorbar(scale, ax=axes, label="eLCN: split epoch", aspect=15 * len(groups), pad=0.04 / len(panels))
+    if look.splits:
+        bar = fig.colorbar(look.scale, ax=axes, label="split epoch", aspect=15 * len(groups), pad=0.04 / len(panels))
         bar.minorticks_off()
-        bar.set_ticks(ticks := colour_ticks(splits, low, high), labels=[str(int(tick)) for tick in ticks])
-        legend.append(Line2D([], [], color=COLOURS(0.5), label="eLCN"))
-    if any(group.seeds[None] > 1 for group in groups):
-        legend.append(Patch(color="grey", alpha=0.3, lw=0, label="± 1 std. dev."))
-    if reference:
-        legend.append(Line2D([], [], **RING, color="grey", label="published"))
-    fig.legend(handles=legend, loc="outside lower center", ncols=2 if len(panels) == 1 else 4)
+        ticks = colour_ticks(look)
+        bar.set_ticks(ticks, labels=[str(int(tick)) for tick in ticks])
+    add_legend(fig, groups, look, bool(reference))
     add_title(fig, title or ", ".join(dict.fromkeys(group.settings.dataset for group in groups)), margin)
     return fig
 
 
-def draw_panel(ax: Axes, group: Group, panel: str, colours: dict) -> None:
-    """One quantity of a group's networks: a line each, and a band where there are several seeds."""
-    for split, network in group.mean.items():
-        epochs, mean, std = network["checkpoints"] + (split or 0), network[panel], group.std[split][panel]
-        mean = np.where(np.isfinite(mean), mean, np.nan)
-        style = {"lw": 1.6, "ms": 3, "zorder": 2.5} if split is None else {"ms": 5, "zorder": 2}
-        ax.plot(epochs, mean, color=colours[split], label=label(split), marker=".", mew=0, **style)
-        if group.seeds[split] > 1:
-            ax.fill_between(epochs, mean - std, mean + std, color=colours[split], alpha=0.2, lw=0)
+def draw_panel(ax: Axes, group: Group, panel: str, look: Look) -> None:
+    """One quantity of a group's networks: a line each, a band where there are several seeds, a cross if it diverged."""
+    for member, network in group.mean.items():
+        epochs = network["checkpoints"] + member.split
+        mean, std = drawable(network[panel]), drawable(group.std[member][panel])
+        ax.plot(epochs, mean, label=member.label, **look.line(member))
+        if group.seeds[member] > 1:
+            ax.fill_between(epochs, mean - std, mean + std, color=look.colour(member), alpha=0.2, lw=0)
+        if member in group.diverged:
+            end = f"{member.label}, diverged"
+            ax.plot(epochs[-1:], mean[-1:], label=end, color=look.colour(member), **CROSS)
     if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
-        ax.text(0.5, 0.5, "undefined: no margin\nis positive", ha="center", va="center", transform=ax.transAxes)
+        reason = "undefined: no margin\nis positive" if panel in NORMALIZED else "no finite value"
+        ax.text(0.5, 0.5, reason, ha="center", va="center", transform=ax.transAxes)
         ax.tick_params(labelleft=False)
     ax.set_ylabel(LABELS.get(panel, panel.replace("untied_", "distance from tied,\nlayer ")))
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
-def colour_ticks(splits: list[int], low: float, high: float) -> list[float]:
-    """The split epochs to label on a colour bar from `low` to `high`: all but those too close to the next one."""
+def drawable(values: np.ndarray) -> np.ndarray:
+    """NaN in place of what no axis can hold; a network about to diverge has such norms."""
+    return np.where(np.abs(values) < 1e100, values, np.nan)
+
+
+def draw_reference(ax: Axes, reference: dict[Member, Network], panel: str, look: Look) -> None:
+    for member, points in reference.items():
+        label = f"published, {member.label}"
+        ax.plot(points["epoch"], points[panel], color=look.colour(member), label=label, **RING)
+
+
+def colour_ticks(look: Look) -> list[float]:
+    """The split epochs to label on the colour bar: all but those too close to the next one."""
+    low, high = look.scale.get_clim()
     ticks: list[float] = []
-    for split in reversed(splits):
+    for split in reversed(look.splits):
         if not ticks or max(split, 0.5) * (high / low) ** 0.09 < ticks[-1]:
             ticks.append(max(split, 0.5))
     return ticks
+
+
+def add_legend(fig: Figure, groups: list[Group], look: Look, reference: bool) -> None:
+    """What lines and marks are, and above that which networks are not complete; the figure grows to hold it."""
+    handles = [Line2D([], [], color="black", lw=1.6, label="CNN")]
+    for conversion in look.conversions:
+        label = "eLCN" if conversion == "lc" else f"converted to {conversion}"
+        handles.append(Line2D([], [], color=COLOURS(0.5), ls=look.dashes(conversion), label=label))
+    if any(group.seeds[group.cnn] > 1 for group in groups):
+        handles.append(Patch(color="grey", alpha=0.3, lw=0, label="± 1 std. dev."))
+    if reference:
+        handles.append(Line2D([], [], **RING, color="grey", label="published"))
+    if any(group.diverged for group in groups):
+        handles.append(Line2D([], [], **CROSS, color="grey", label="diverged"))
+    width, height = fig.get_size_inches()
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, int(width / (0.6 + 0.07 * longest)))  # inches
+    unfinished, note = not_complete(groups), []
+    if unfinished:
+        more = len(unfinished) - NAMED_IN_FIGURE
+        named = "; ".join(unfinished[:NAMED_IN_FIGURE])
+        note = textwrap.wrap(f"Not complete: {named}{f'; {more} more' if more > 0 else ''}", int(13 * width))
+    legend = fig.legend(handles=handles, loc="outside lower center", ncols=columns, title="\n".join(note))
+    for text in (legend.get_title(), *legend.get_texts()):
+        text.set_parse_math(False)
+    fig.set_figheight(height + 0.22 * math.ceil(len(handles) / columns) + 0.14 * len(note))
 
 
 def add_title(fig: Figure, title: str, margin: str) -> None:
@@ -283,157 +224,98 @@ def draw_margins(margins: dict[str, dict[str, np.ndarray]], margin: str = "publi
     return fig
 
 
-def read_margins(
-    paths: list[Path], margin: str, data_dir: Path, interrupt: Interrupt, make_cnn: Callable[[int], nn.Module]
-) -> dict[str, dict[str, np.ndarray]]:
+def read_margins(paths: list[Path], margin: str, data_dir: Path, device: str) -> dict[str, dict[str, np.ndarray]]:
     """Checkpoints of runs as `draw_margins` takes them; raises Stop for one without run, data, or fitting weights."""
-    device, cached_data, margins = pick_device("auto"), functools.lru_cache(1)(load_data), {}
-    several = len({run_of(path)[0] for path in paths}) > 1
+    from rnorm.data import NoData, load_data  # only here: a figure of runs needs no images
+
+    margins_of = {"published": published_margins, "multiclass": multiclass_margins}[margin]
+    try:
+        device = pick_device(device)
+    except DeviceError as error:
+        raise Stop(f"--device {device}: {error}", ENVIRONMENT) from None
+    cached_data, margins = functools.lru_cache(1)(load_data), {}
+    several = len({member_of(path)[0] for path in paths}) > 1
     for path in paths:
-        run, split = run_of(path)
-        settings, config = Settings.of_run(run)
-        with interrupt.at_once():
-            data = cached_data(config.get("dataset_file") or settings.dataset, data_dir, settings.data_size, device)
+        run, member = member_of(path)
+        settings, config = read_config(run)
+        set_precision(settings.precision)
+        try:
+            net = load_network(path).to(device)
+        except OSError as error:
+            raise Stop(f"{path} cannot be read ({error.strerror})") from None
+        dataset, dtype = config.get("dataset_file") or settings.dataset, next(net.parameters()).dtype
+        try:
+            data = cached_data(dataset, data_dir, settings.data_size, device, dtype)
+        except NoData as error:
+            raise Stop(f"{error}; name its directory with --data_dir") from None
         if data.sha256 != config.get("data_sha256"):
             raise Stop(f"{path}: the data in {data_dir} are not those of its run; name their directory with --data_dir")
-        shape, model = tuple(data.x_train.shape[1:]), make_cnn(data.num_classes)
-        model = model if split is None else untie(model.net, shape)
-        try:
-            load_weights(model, load(path))
-        except (OSError, Damaged) as error:
-            raise Stop(f"{path} is no checkpoint of its run ({getattr(error, 'strerror', error)})") from None
-        net = streamline(getattr(model, "net", model).to(device), shape)
         parts = {}
         for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
-            parts[part] = MARGINS[margin][1](logits_of(net, x, interrupt.check), y).cpu().numpy()
-        if not all(np.isfinite(values).all() for values in parts.values()):
-            raise Stop(f"{path}: the network's logits are not finite")
-        name = f"{label(split)}, epoch {path.stem.rpartition('_')[2]}"
+            logits = logits_of(net, x)
+            if not (logits.shape[1] == data.num_classes and logits.isfinite().all()):
+                raise Stop(f"{path}: the network's logits are not finite, or not of {data.num_classes} classes")
+            parts[part] = margins_of(logits, y).cpu().numpy()
+        name = f"{member.label}, epoch {path.stem.rpartition('_')[2]}"
         margins[textwrap.fill(f"{run.name}: {name}", 80) if several else name] = parts
     return margins
 
 
-def run_of(checkpoint: Path) -> tuple[Path, int | None]:
-    """The run that a checkpoint lies in, and its network's split epoch; raises Stop if it lies in none."""
-    directory = checkpoint.absolute().parent
-    if (directory / "config.json").exists():
-        return directory, None
-    split = directory.name.removeprefix(f"{ELCN}_")
-    if not (split.isdecimal() and (directory.parent / "config.json").exists()):
-        raise Stop(f"{checkpoint} lies in no run of experiments.py: there is no config.json with it")
-    return directory.parent, int(split)
-
-
-def table_rows(groups: list[Group], margin: str, text: bool) -> list[dict[str, object]]:
-    """The CNN and the best eLCN of each group at their last evaluations.
-
-    Results are texts "mean ± standard deviation over seeds", or numbers with the deviations in columns of their own.
-    """
-    rows = []
-    for group, settings in zip(groups, differences(groups)):
-        for split in dict.fromkeys((None, group.best)):
-            row = {"cnn_lr": group.settings.cnn_lr, "lc_lr": group.settings.lc_lr} | settings
-            row["network"] = "CNN" if split is None else "best eLCN (chosen on test data)"
-            row["split_epoch"] = "" if split is None else split
-            row |= {"epochs": int(group.mean[split]["checkpoints"][-1]), "seeds": group.seeds[split], "margin": margin}
-            for key in ("test_acc", "train_acc", *NORMALIZED):
-                mean, std = (float(values[split][key][-1]) for values in (group.mean, group.std))
-                form = ".4g" if key == "norm_margin_normalized" else ".2f"
-                row[key] = f"{mean:{form}}" + f" ± {std:{form}}" * (group.seeds[split] > 1) if text else mean
-                if not text:
-                    row[f"{key}_std"] = std if group.seeds[split] > 1 else ""
-            rows.append(row)
-    return rows
-
-
-def table(groups: list[Group], margin: str, suffix: str) -> str:
-    """`table_rows` as .md, .csv, or else as text."""
-    rows = table_rows(groups, margin, suffix != ".csv")
-    if suffix == ".csv":
-        return to_csv(rows)
-    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = [[text.ljust(width) for text, width in zip(row, widths)] for row in cells]
-    lines = [f"| {' | '.join(line)} |" if suffix == ".md" else "  ".join(line).rstrip() for line in lines]
-    note = "Best: highest test accuracy at the last evaluation, mean over seeds; so it was chosen on test data."
-    return "\n".join([*lines, "", note, ""])
-
-
-def tidy_rows(runs: list[Run]) -> list[dict[str, object]]:
-    """Everything recorded, a row for each network and evaluation; `epoch` is on the CNN's axis."""
-    rows = []
-    for run in runs:
-        settings = {name: getattr(run.settings, name) for name in ("cnn_lr", "lc_lr", "seed")}
-        for split, network in run.networks.items():
-            name = {"network": "cnn" if split is None else "elcn", "split_epoch": "" if split is None else split}
-            for i, own in enumerate(network["checkpoints"].astype(int).tolist()):
-                values = {key: float(values[i]) for key, values in network.items() if key != "checkpoints"}
-                epochs = {"checkpoints": own, "epoch": own + (split or 0)}
-                rows.append({"run": run.path.name} | settings | name | epochs | values)
-    return rows
-
-
-def to_csv(rows: list[dict[str, object]]) -> str:
-    """Rows as a CSV file with all their columns."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
-def summary(group: Group, margin: str) -> str:
-    """A group's result in four lines for people."""
-    norm, best, cnn = NORMALIZED[0], group.best, group.mean[None]
-
-    def final(network: Network, seeds: int, epochs: int) -> str:
-        test, train, value, done = (network[key][-1] for key in ("test_acc", "train_acc", norm, "checkpoints"))
-        after = f"after {done:.0f} of {epochs} epochs" + f", mean of {seeds} seeds" * (seeds > 1)
-        return f"{test:.2f} % test and {train:.2f} % train accuracy, log normalized R1-norm {value:.2f}, {after}"
-
-    first = f"CNN: {final(cnn, group.seeds[None], group.settings.epochs)} ({margin} margin)\n"
-    if best is None:
-        return first + "Best eLCN: none yet\nWhat untying changed: not known yet\nHow far it untied: not known yet"
-    elcn = group.mean[best]
-    since = [elcn[key][-1] - elcn[key][0] for key in ("test_acc", norm)]
-    against = [elcn[key][-1] - cnn[key][-1] for key in ("test_acc", norm)]
-    text = (
-        f"{first}Best eLCN, chosen on test data: split {best}, "
-        f"{final(elcn, group.seeds[best], group.settings.elcn_epochs)}\n"
-        f"What untying changed: {since[0]:+.2f} points of test accuracy and {since[1]:+.2f} in the norm since the "
-        f"split; {against[0]:+.2f} and {against[1]:+.2f} against the CNN's end\n"
-        f"How far it untied: {100 * elcn['untied'][-1]:.3g} % of its filters' norm is not shared between positions"
-    )
-    return text.replace("+nan", "undefined").replace("nan", "undefined")
+def member_of(checkpoint: Path) -> tuple[Path, Member]:
+    """The run that a checkpoint lies in, and the network it is of; raises Stop if it lies in none."""
+    directory = checkpoint.resolve().parent
+    for run in (directory, directory.parent):
+        if (run / "config.json").exists():
+            settings, _ = read_config(run)
+            for member in (Member(settings), *converted_members(run, settings)):
+                if member.directory(run) == directory:
+                    return run, member
+    raise Stop(f"{checkpoint} lies in no network's directory of a run of experiments.py")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; raises Stop where it makes no sense."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("run", type=Path, nargs="*", default=(), metavar="RUN", help="directories that experiments.py made")
+    add("run", type=Path, nargs="*", default=(), metavar="RUN", help="directories of runs, or of several runs each")
     add("--out", type=Path, metavar="FILE", help="figure, .png, .pdf or .svg (default: figure.png in the first RUN)")
-    add("--splits", type=int, nargs="+", metavar="EPOCH", help="only the eLCNs of these splits")
+    add("--splits", type=int, nargs="+", metavar="EPOCH", help="only the networks converted at these epochs")
+    add("--convert_to", nargs="+", metavar="NAME", help="only these conversions, such as lc (default: all there are)")
     add("--margin", choices=MARGINS, default="published", help="what norms are relative to (default: published)")
     add("--panels", nargs="+", default=PANELS, metavar="KEY", help=f"what to plot (default: {' '.join(PANELS)})")
     add("--title", default="", help="what the title says before the margin's name (default: the data set)")
     add("--reference", type=Path, metavar="CSV", help="published points, such as results/published_figure.csv")
-    add("--table", type=Path, nargs="?", const=Path(), metavar="FILE", help=".md, .csv or .txt; no FILE: print it")
+    add("--table", type=Path, nargs="?", const=PRINT, metavar="FILE", help=".md, .csv or .txt; no FILE: print it")
     add("--csv", type=Path, metavar="FILE", help="everything recorded, a row for each network and evaluation")
     add("--margins", type=Path, nargs="+", metavar="FILE.pyT", help="instead of RUN: histograms of margins")
-    add("--data_dir", type=Path, default=Path("data"), metavar="DIR", help="where the images lie (default: data)")
+    add("--data_dir", type=Path, default=Path("data"), metavar="DIR", help="where the images for --margins lie "
+        "(default: data)")  # fmt: skip
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="of --margins (default: auto)")
     args = parser.parse_args(argv)
-    if bool(args.run) == bool(args.margins) or args.margins and (args.table or args.csv):
-        raise Stop("name runs to plot, or checkpoints with --margins alone")
+    if not args.run and not args.margins:
+        raise Stop("name runs to plot, or checkpoints with --margins")
+    if args.margins and (args.run or args.table or args.csv or args.reference):
+        raise Stop("--margins stands alone: no runs, --table, --csv or --reference with it")
     if not (args.out or args.table or args.csv):
-        args.out = run_of(args.margins[0])[0] / "margins.png" if args.margins else args.run[0] / "figure.png"
-    for name, endings in (("out", (".png", ".pdf", ".svg")), ("table", (".md", ".csv", ".txt"))):
-        path = getattr(args, name)
-        if path and path != Path() and path.suffix.lower() not in endings:
-            raise Stop(f"--{name} {path}: its name has to end in {', '.join(endings)}")
+        args.out = member_of(args.margins[0])[0] / "margins.png" if args.margins else args.run[0] / "figure.png"
+    check_outputs(args)
     return args
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise Stop unless outputs have endings of their own, which no file of a run has, and overwrite nothing else."""
+    taken = {}
+    if args.reference:
+        taken[args.reference.resolve()] = "reference"
+    for name, endings in ENDINGS.items():
+        path = getattr(args, name)
+        if path is None or path == PRINT:
+            continue
+        if path.suffix.lower() not in endings:
+            raise Stop(f"--{name} {path}: its name has to end in {', '.join(endings)}")
+        other = taken.setdefault(path.resolve(), name)
+        if other != name:
+            raise Stop(f"--{name} {path}: that file is --{other}; name another")
 
 
 def render(fig: Figure, suffix: str) -> bytes:
@@ -443,41 +325,53 @@ def render(fig: Figure, suffix: str) -> bytes:
     return file.getvalue()
 
 
-@matplotlib.rc_context(STYLE)
-def main(argv: list[str], interrupt: Interrupt, make_cnn: Callable[[int], nn.Module] = skinnyprime) -> int:
-    """Plot as the command line `argv` says; returns the exit status."""
-    args, groups, contents = parse(argv), [], {}
-    if args.margins:
-        margins = read_margins(args.margins, args.margin, args.data_dir, interrupt, make_cnn)
-        fig = draw_margins(margins, args.margin, args.title)
-    else:
-        recorded = read_runs(args.run, args.splits)
-        groups = [combine(runs, args.margin) for runs in recorded]
-        networks = [network for group in groups for network in group.mean.values()]
-        keys = [key for key in networks[0] if key != "checkpoints" and all(key in network for network in networks)]
-        if unknown := [panel for panel in args.panels if panel not in keys]:
-            raise Stop(f"--panels {unknown[0]}: there are {' '.join(keys)}")
-        if args.csv:
-            contents["csv"] = args.csv, to_csv(tidy_rows([run for runs in recorded for run in runs]))
-        if args.table:
-            contents["table"] = args.table, table(groups, args.margin, args.table.suffix.lower())
-        if args.out:
-            reference = read_reference(args.reference, args.splits) if args.reference else None
-            fig = draw(groups, args.panels, args.margin, args.title, reference)
+def plot_runs(args: argparse.Namespace) -> tuple[dict[str, str | bytes], str]:
+    """The contents of the files that the command line asks for, by flag, and the summary to print."""
+    recorded = read_runs(args.run, args.splits, args.convert_to)
+    groups = [combine(runs, args.margin) for runs in recorded]
+    networks = [network for group in groups for network in group.mean.values()]
+    keys = [key for key in networks[0] if key != "checkpoints" and all(key in network for network in networks)]
+    if unknown := [panel for panel in args.panels if panel not in keys]:
+        raise Stop(f"--panels {unknown[0]}: there are {' '.join(keys)}")
+    contents = {}
+    if args.csv:
+        contents["csv"] = to_csv(tidy_rows([run for runs in recorded for run in runs]))
+    if args.table:
+        contents["table"] = table(groups, args.margin, args.table.suffix.lower())
     if args.out:
-        contents["figure"] = args.out, render(fig, args.out.suffix)
-    interrupt.check()
-    for name, (path, content) in contents.items():
-        if path == Path():
-            print(content)
+        reference = read_reference(args.reference, args.splits) if args.reference else None
+        fig = draw(groups, args.panels, args.margin, args.title, reference)
+        contents["out"] = render(fig, args.out.suffix)
+        if len(groups) == 1:
+            return contents, summary(groups[0], args.margin)
+    return contents, ""
+
+
+@matplotlib.rc_context(STYLE)
+def main(argv: list[str]) -> int:
+    """Plot as the command line `argv` says; returns the exit status."""
+    args, text = parse(argv), ""
+    with stopping_at_once():
+        if args.margins:
+            margins = read_margins(args.margins, args.margin, args.data_dir, args.device)
+            contents = {"out": render(draw_margins(margins, args.margin, args.title), args.out.suffix)}
         else:
-            with writing(path, "name another file"):
-                write_file(path, content if name == "figure" else content.encode(errors="backslashreplace"))
-            print(f"{name}: {path}")
-    if args.out and len(groups) == 1:
-        print(summary(groups[0], args.margin))
+            contents, text = plot_runs(args)
+    check_signals()
+    for flag, content in contents.items():
+        path = getattr(args, flag)
+        if path == PRINT:
+            print(content)
+            continue
+        if isinstance(content, str):
+            content = content.encode(errors="backslashreplace")
+        with writing(path, "name another file"):
+            write_file(path, content)
+        print(f"{'figure' if flag == 'out' else flag}: {path}")
+    if text:
+        print(text)
     return COMPLETE
 
 
 if __name__ == "__main__":
-    finish(main, sys.argv, INTERRUPT)
+    finish(main, sys.argv, saves=False)

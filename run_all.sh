@@ -6,7 +6,7 @@
 #
 #   --dry-run      print what would be submitted, or with --local run
 #   --local        run everything on this machine, one after another
-#   --split-jobs   for each configuration one job for the CNN and then one per eLCN, at most LIMIT (4) at once
+#   --split-jobs   for each configuration one job for the CNN and then one per split, at most LIMIT (4) at once
 #
 # The default is cnn_lr 0.1 0.05, lc_lr 0.01 0.005, seed 0, 150 epochs, 20 splits. Configurations that are complete, or
 # in Slurm's queue already, are not submitted again. See job.sh for account, partition, GPU type and environment.
@@ -16,84 +16,38 @@ cd "$(dirname "$(realpath "$0")")" || exit
 # shellcheck disable=SC1091
 [ ! -e job.env ] || source ./job.env
 set -euo pipefail
+die() { echo "run_all.sh: $1" >&2 && exit "${2:-2}"; }
 
-help() { sed -n '2,12s/^# \?//p' run_all.sh; }
-usage() {
-  { help && echo "run_all.sh: $*"; } >&2
-  exit 2
-}
-
-grid=() dry_run='' where=slurm limit=''
-while [ $# -gt 0 ] && [ "$1" != -- ]; do
-  option=$1 values=()
-  while [[ $# -gt 1 && $2 != -* ]]; do values+=("$2") && shift; done
-  shift
-  case $option in
-    -h | --help) help && exit ;;
-    --cnn_lr | --lc_lr | --seed | --epochs | --n_splits)
-      [ ${#values[@]} -gt 0 ] || usage "$option needs a value"
-      grid+=("${option#--}=${values[*]}")
-      continue
-      ;;
-    --split-jobs)
-      limit=${values[0]:-4} values=("${values[@]:1}")
-      [[ $limit =~ ^[1-9][0-9]*$ ]] || usage "--split-jobs $limit: LIMIT has to be a positive number"
-      ;;
+grid=() dry_run='' where=slurm limit='' # LIMIT is empty without --split-jobs
+while [[ $# -gt 0 && $1 != -- ]]; do
+  case $1 in
+    -h | --help) sed -n '2,12s/^# \?//p' run_all.sh && exit ;;
     --dry-run) dry_run=yes ;;
     --local) where=here ;;
-    *) usage "$option: no such option; flags of experiments.py go after --" ;;
+    --split-jobs) limit=4 && [[ ${2:--} == -* ]] || { limit=$2 && shift; } ;;
+    *) grid+=("$1") ;;
   esac
-  [ ${#values[@]} = 0 ] || usage "${values[0]}: what is it?"
+  shift
 done
 [ $# = 0 ] || shift
-[ $where = slurm ] || [ -z "$limit" ] || usage "--split-jobs needs Slurm"
-if [ "$where$dry_run" = slurm ] && ! command -v sbatch >/dev/null; then
-  echo "run_all.sh: no sbatch here; run it where Slurm is, or --local to run everything on this machine" >&2
-  exit 1
-fi
+[[ $limit =~ ^([1-9][0-9]*)?$ ]] || die "--split-jobs $limit: LIMIT has to be a positive number"
+[ $where = slurm ] || [ -z "$limit" ] || die "--split-jobs needs Slurm"
 
-# Per configuration a line of fields separated by tabs; anything wrong ends the script here.
-plan=$(
-  python - "${grid[@]}" -- "$@" <<'END'
-import itertools
-import sys
+queue='' # per line a job's number and the path of its run
+[ $where = here ] || queue=$(squeue --noheader --user="$(id -un)" --format='%F %k') || {
+  [ -n "$dry_run" ] || die "no answer from Slurm; try where there is one, or --local to run everything on this machine" 1
+  echo "run_all.sh: no answer from Slurm; this is the plan if nothing is queued" >&2
+}
 
-from cli import Stop
-from experiments import parse
-from runs import Settings, checkpoint_path, label, read_status
-
-sys.argv[0] = "run_all.sh"
-end = sys.argv.index("--")
-grid = {"cnn_lr": "0.1 0.05", "lc_lr": "0.01 0.005"}
-grid |= {name: str(getattr(Settings, name)) for name in ("epochs", "n_splits", "seed")}
-grid |= (word.split("=", 1) for word in sys.argv[1:end])
-lines = {}
-for values in itertools.product(*(words.split() for words in grid.values())):
-    try:
-        args, settings = parse([f"--{name}={value}" for name, value in zip(grid, values)] + sys.argv[end + 1 :])
-    except Stop as stop:
-        sys.exit(print(f"run_all.sh: {stop}", file=sys.stderr) or 2)
-    except SystemExit:  # --help
-        sys.exit(2)
-    run = args.results_dir / settings.run_name
-    networks = read_status(run)["networks"]
-    diverged = "diverged_at" in networks.get(label(None), {})  # then there are no splits past that
-    splits = [] if args.cnn_only else settings.split_epochs
-    due = [None, *(split for split in splits if not diverged or checkpoint_path(run, None, split).exists())]
-    ended = all(networks.get(label(split), {}).get("state") in ("complete", "diverged") for split in due)
-    lines[run] = (
-        "complete" if ended and not args.fresh else "new", run, run.absolute(),
-        ",".join(map(str, settings.split_epochs)), args.data_dir, args.device, args.keep, *values,
-    )  # fmt: skip
-for line in lines.values():
-    print(*line, sep="\t")
-END
-) || exit
-IFS=$'\t' read -r _ run _ <<<"$plan"
+# Whatever is wrong is refused here: the settings of each configuration, the other flags with the first one.
+plan=$(python -m rnorm.grid "${grid[@]}" -- "$@") || exit
+IFS=$'\t' read -r _ run _ _ cnn_lr lc_lr epochs n_splits seed _ <<<"$plan"
+first=(--cnn_lr "$cnn_lr" --lc_lr "$lc_lr" --epochs "$epochs" --n_splits "$n_splits" --seed "$seed" "$@")
+python experiments.py "${first[@]}" --exec 0 >/dev/null || exit
 results=$(dirname "$run")
 
 ids=() runs=() worst=0 submitted=0
-submit() { # submit WHAT SBATCH_ARGUMENTS...; the job's id becomes `id`
+submit() { # submit WHAT SBATCH_ARGUMENTS...; the job's number becomes `id`
   submitted=$((submitted + 1))
   if [ -n "$dry_run" ]; then
     id=ID$submitted
@@ -111,7 +65,7 @@ run_here() { # job.sh with these arguments, on this machine; ends the script if 
     printf '%q ' bash job.sh "$@" && echo
     return
   fi
-  bash job.sh "$@" &
+  bash job.sh "$@" </dev/null &
   # shellcheck disable=SC2064
   trap "kill -TERM $! 2>/dev/null" INT TERM
   while kill -0 $! 2>/dev/null; do wait $! || true; done
@@ -121,28 +75,25 @@ run_here() { # job.sh with these arguments, on this machine; ends the script if 
   ((status <= worst)) || worst=$status
 }
 
-queue=
-[ $where = here ] || ! command -v squeue >/dev/null || queue=$(squeue --noheader --user="$(id -un)" --format='%F %k')
-mkdir -p logs
-while IFS=$'\t' read -r state run path splits data_dir device keep cnn_lr lc_lr epochs n_splits seed; do
+while IFS=$'\t' read -r state run path splits cnn_lr lc_lr epochs n_splits seed convert_flags; do
   runs+=("$run")
-  words=("$cnn_lr" "$lc_lr" "$epochs" "$n_splits" -- --seed "$seed" "$@")
+  arguments=("$cnn_lr" "$lc_lr" "$epochs" "$n_splits" -- --seed "$seed" "$@")
   name=("--job-name=$(basename "$run")" "--comment=$path")
-  mapfile -t queued < <(awk -v path="$path" '{ id = $1; sub(/^[^ ]+ /, "") } $0 == path { print id }' <<<"$queue" | sort -u)
+  mapfile -t queued < <(while read -r job of; do [ "$of" != "$path" ] || echo "$job"; done <<<"$queue" | sort -u)
   if [ "$state" = complete ]; then
     echo "complete: $run"
   elif [ ${#queued[@]} -gt 0 ]; then
     echo "queued already, as job ${queued[*]}: $run"
     ids+=("${queued[@]}")
   elif [ $where = here ]; then
-    run_here "${words[@]}" </dev/null
-  elif [ -z "$limit" ]; then
-    submit "$run" "${name[@]}" job.sh "${words[@]}"
+    run_here "${arguments[@]}"
+  elif [ -z "$limit" ] || [ "$splits" = - ]; then
+    submit "$run" "${name[@]}" job.sh "${arguments[@]}"
   else
-    submit "the CNN of $run" "${name[@]}" job.sh "${words[@]}" --cnn_only
-    submit "its eLCNs, from $splits" "${name[@]}" --array="$splits%$limit" --output=logs/%x-%A_%a.log \
-      --dependency="afterok:$id" --kill-on-invalid-dep=yes \
-      job.sh convert.py "$run" --data_dir "$data_dir" --device "$device" --keep "$keep"
+    IFS=$'\t' read -r -a flags <<<"$convert_flags"
+    submit "the CNN of $run" "${name[@]}" job.sh "${arguments[@]}" --cnn_only
+    submit "its converted networks, from $splits" "${name[@]}" --array="$splits%$limit" --output=logs/%x-%A_%a.log \
+      --dependency="afterok:$id" --kill-on-invalid-dep=yes job.sh convert.py "$run" "${flags[@]}"
   fi
 done <<<"$plan"
 

@@ -31,7 +31,7 @@ class Session:
     settings: Settings
     data: Data
     device: torch.device
-    keep: str = "all"  # or "last": which checkpoints of converted networks stay on disk
+    keep: str | None = None  # which checkpoints of converted networks stay: all, last, or as the conversion has it
     work: dict[Member, float] = field(default_factory=dict)  # what this process trains, in order, and its FLOP
 
     def begin(self, dataset_file: str | None = None) -> None:
@@ -105,7 +105,8 @@ def train(track: Track, session: Session) -> bool:
 
 
 def make_step(track: Track, session: Session) -> Step:
-    return Step(track.net, session.data.image_shape, track.rates, batch_size=session.settings.batch_size)
+    size = session.settings.batch_size
+    return Step(track.net, session.data.image_shape, track.rates, batch_size=size, optimizer=track.optimizer)
 
 
 def train_epoch(track: Track, step: Step, session: Session, progress: "Progress | None" = None) -> bool:

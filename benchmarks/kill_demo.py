@@ -8,6 +8,7 @@ begun anew. The last line says whether every end was bit-identical; exit status 
 
 import argparse
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,12 +21,14 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from compare_runs import differences, files  # noqa: E402
 
-from checkpoints import Damaged, load  # noqa: E402
+from rnorm.checkpoints import load  # noqa: E402
+from rnorm.files import Damaged  # noqa: E402
 
-DEMO = [  # as in the Makefile
-    "--dataset", "synthetic", "--epochs", "12", "--n_splits", "3", "--cnn_lr", "0.05", "--lc_lr", "0.02",
-    "--batch_size", "50", "--keep", "last", "--device", "cpu",
-]  # fmt: skip
+
+def demo() -> list[str]:
+    """The arguments with which the Makefile's `demo` calls experiments.py, but for --results_dir."""
+    settings = re.search(r"^DEMO = (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)[1]
+    return [*settings.split(), "--keep", "last", "--device", "cpu"]
 
 
 def start(study: list[str], results: Path) -> subprocess.Popen:
@@ -61,7 +64,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--work", type=Path, help="where the runs lie (default: a temporary directory)")
-    parser.add_argument("study", nargs="*", default=DEMO, help="arguments of experiments.py")
+    parser.add_argument("study", nargs="*", default=demo(), help="arguments of experiments.py")
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="kill_demo"))
     moments = random.Random(args.seed)
@@ -101,7 +104,8 @@ def main() -> int:
     compare()
     if not args.work:
         shutil.rmtree(work)
-    print("\n".join(problems), end="\n" * bool(problems))
+    for problem in problems:
+        print(problem)
     print(
         f"{kills} kills, {in_training} of them in training and {in_write} within a write, {runs} runs of {compared} "
         f"files: {'NOT ' if problems else ''}bit-identical to the undisturbed run"

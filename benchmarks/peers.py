@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import LocallyConnected2d
+from rnorm.layers import LocallyConnected2d
 
 IMAGE, LR = (3, 32, 32), 0.05
 
@@ -33,12 +33,18 @@ def autograd_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
     return step
 
 
+def in_file(layer: LocallyConnected2d) -> tuple[Tensor, Tensor]:
+    """Weight (1, C_out, C_in, H_out, W_out, k * k) and bias (1, C_out, H_out, W_out), as in the file format."""
+    state = layer.state_dict()
+    return state["weight"], state["bias"]
+
+
 class Broadcast(nn.Module):
     """The approach of the released code: multiply patches and filters, broadcast against each other, and sum."""
 
     def __init__(self, layer: LocallyConnected2d):
         super().__init__()
-        self.weight, self.bias = (nn.Parameter(p.detach().clone().contiguous()) for p in (layer.weight, layer.bias))
+        self.weight, self.bias = (nn.Parameter(p.clone().contiguous()) for p in in_file(layer))
         self.kernel, self.stride = layer.kernel_size, layer.stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,9 +57,10 @@ class Unfold(nn.Module):
 
     def __init__(self, layer: LocallyConnected2d):
         super().__init__()
-        weight = layer.weight.detach()[0].permute(2, 3, 1, 4, 0)  # (H_out, W_out, C_in, k * k, C_out)
+        weight, bias = in_file(layer)
+        weight = weight[0].permute(2, 3, 1, 4, 0)  # (H_out, W_out, C_in, k * k, C_out)
         self.weight = nn.Parameter(weight.flatten(2, 3).flatten(0, 1).contiguous())
-        self.bias = nn.Parameter(layer.bias.detach()[0].flatten(1).T[:, None].contiguous())  # (H_out * W_out, 1, C_out)
+        self.bias = nn.Parameter(bias[0].flatten(1).T[:, None].contiguous())  # (H_out * W_out, 1, C_out)
         self.kernel, self.stride, self.size = layer.kernel_size, layer.stride, layer.output_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +85,9 @@ def jax_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
         raise Unavailable(f"this JAX computes on {jax.default_backend()} only")
     convs, dense = [m for m in net if isinstance(m, LocallyConnected2d)], net[-1]
     paddings = [m.padding[0] for m in net if isinstance(m, nn.ZeroPad2d)]
-    values = [(m.weight[0].permute(0, 1, 4, 2, 3).flatten(1, 2), m.bias) for m in convs]  # (C_out, C_in k k, H, W)
+    values = []
+    for weight, bias in map(in_file, convs):
+        values.append((weight[0].permute(0, 1, 4, 2, 3).flatten(1, 2), bias))  # (C_out, C_in k k, H, W)
     values = [tuple(jnp.array(p.detach().cpu().numpy()) for p in v) for v in (*values, (dense.weight.T, dense.bias))]
     images, labels = jnp.array(x.cpu().numpy()), jnp.array(y.cpu().numpy())
 
@@ -118,8 +127,8 @@ def keras_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
             layers.append(keras.layers.ZeroPadding2D(m.padding[0]))
         elif isinstance(m, LocallyConnected2d):
             layers.append(keras.layers.LocallyConnected2D(m.out_channels, m.kernel_size, m.stride, implementation=1))
-            weights.append(m.weight[0].permute(2, 3, 4, 1, 0).flatten(2, 3).flatten(0, 1))  # (H W, k k C_in, C_out)
-            weights.append(m.bias[0].permute(1, 2, 0))
+            weights.append(m.weight.detach().flatten(2, 4).flatten(0, 1))  # (H W, k k C_in, C_out)
+            weights.append(m.bias)
         elif isinstance(m, nn.Linear):
             layers.append(keras.layers.Dense(m.out_features))
             weights += [m.weight.T, m.bias]

@@ -35,12 +35,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import torch
 from torch import Tensor, nn
 
-from convert import untie
-from fast import Step, streamline
-from measure import training_flop, weighted_layers
-from models import layer_shapes, skinnyprime
+from models import skinnyprime
 from peers import IMAGE, LR, Broadcast, Unavailable, Unfold, autograd_step, jax_step, keras_step, with_layers
-from train import pick_device, set_precision
+from rnorm.conversions import untie
+from rnorm.devices import pick_device, set_precision
+from rnorm.fast import Step, streamline
+from rnorm.layers import layer_shapes
+from rnorm.measure import training_flop, weighted_layers
 
 BATCH, DATASET = 250, 50_000
 
@@ -55,7 +56,7 @@ def channels_last_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
 
 
 def training_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
-    net, step = net.to(memory_format=torch.channels_last), Step(net, IMAGE, LR)
+    net, step = net.to(memory_format=torch.channels_last), Step(net, IMAGE, LR, BATCH)
     x = x.contiguous(memory_format=torch.channels_last)  # as data.py holds the images
 
     def take() -> Callable[[], float]:

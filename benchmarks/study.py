@@ -29,13 +29,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from checkpoints import Track
-from convert import untie
-from data import Data, load_data
-from measure import evaluate
-from models import Geometry, LocallyConnected2d, skinnyprime, unfolded
-from cli import Interrupt
-from runs import Settings
+from models import skinnyprime
+from rnorm.checkpoints import Track
+from rnorm.conversions import layers_of, untie
+from rnorm.data import Data, load_data
+from rnorm.devices import pick_device, set_precision
+from rnorm.layers import Geometry, LocallyConnected2d, unfolded
+from rnorm.measure import evaluate
+from rnorm.runs import Member, Settings
 from step import machine, spread
 
 SCRIPT = Path(__file__).parents[1] / "experiments.py"
@@ -105,21 +106,20 @@ def train_as_the_study_does(
 ) -> None:
     """train.train, with the evaluations and checkpoints that the study has, in a temporary run."""
     settings = Settings(epochs=args.epochs, data_size=args.data_size)
-    split, evaluations = (None, list(range(args.epochs + 1))) if name == "CNN" else (0, settings.elcn_evaluations)
+    member = Member(settings) if name == "CNN" else Member(settings, "lc", 0)
     with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(io.StringIO()):
-        session = train.Session(Path(run), settings, data, device, Interrupt())
+        session = train.Session(Path(run), settings, data, device)
         session.begin()
-        track = Track(Path(run), split, model, LR[name], args.epochs, evaluations)
-        track.directory.mkdir(exist_ok=True)
+        track = Track(Path(run), member, model, [member.lr] * len(list(model.parameters())))
+        member.directory(track.run).mkdir(exist_ok=True)
         train.train(track, session)
 
 
 def overhead(args: argparse.Namespace) -> None:
     """The time of training by its parts, all measured in the same run."""
-    device = train.pick_device(args.device)
+    device = pick_device(args.device)
+    set_precision(Settings.precision)
     data = load_data(args.dataset, args.data_dir, args.data_size, device)
-    warm = cnn_for(data, device)  # a process's first step imports parts of torch
-    train.Step(warm.net, (3, 32, 32), 0.1)(data.x_train[:2], data.y_train[:2])
     print("| network | round | training, s | its steps | its evaluations | its checkpoints | "
           "training / (steps + evaluations) |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -128,10 +128,10 @@ def overhead(args: argparse.Namespace) -> None:
         model = model if name == "CNN" else untie(model.net, (3, 32, 32))
         s: dict[str, float] = {}
         with (timed(train.Step, "__call__", s, device), timed(train, "evaluate", s, device),
-              timed(Track, "_write", s, device), timed(train, "train", s, device)):  # fmt: skip
+              timed(Track, "write", s, device), timed(train, "train", s, device)):  # fmt: skip
             train_as_the_study_does(name, model, args, data, device)
         total, steps, evaluations = s["train"], s["__call__"], s["evaluate"]
-        print(f"| {name} | {i + 1} | {total:.2f} | {steps:.2f} | {evaluations:.2f} | {s['_write']:.2f} | "
+        print(f"| {name} | {i + 1} | {total:.2f} | {steps:.2f} | {evaluations:.2f} | {s['write']:.2f} | "
               f"{total / (steps + evaluations):.3f} |", flush=True)  # fmt: skip
 
 
@@ -158,7 +158,8 @@ def train_plainly(name: str, net: nn.Sequential, args: argparse.Namespace, data:
 
 def agreement(args: argparse.Namespace) -> None:
     """What differs after training in the two ways; the eLCN is untied from the CNN that was trained plainly."""
-    device = train.pick_device(args.device)
+    device = pick_device(args.device)
+    set_precision(Settings.precision)
     data = load_data(args.dataset, args.data_dir, args.data_size, device)
     keys = ("train_acc", "test_acc", "norm", "log_prod_norm", "margin")
     print(f"| network, {args.epochs} epochs | {' | '.join(keys)} |\n| --- {'| --- ' * len(keys)}|")
@@ -166,9 +167,9 @@ def agreement(args: argparse.Namespace) -> None:
     for name in ("CNN", "eLCN"):
         model = model if name == "CNN" else untie(model.net, (3, 32, 32))
         ours, rows = copy.deepcopy(model), {}
-        train_plainly(name, getattr(model, "net", model), args, data)
+        train_plainly(name, layers_of(model), args, data)
         train_as_the_study_does(name, ours, args, data, device)
-        for way, net in (("plain PyTorch", getattr(model, "net", model)), ("ours", getattr(ours, "net", ours))):
+        for way, net in (("plain PyTorch", layers_of(model)), ("ours", layers_of(ours))):
             values = evaluate(net, net, data)
             rows[way] = [values[key] for key in keys]
         plain, fast = rows.values()
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="repeats of growth and overhead (default: 3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
-    print(machine(train.pick_device(args.device)))
+    print(machine(pick_device(args.device)))
     COMMANDS[args.what](args)
 
 

@@ -20,7 +20,7 @@ def save(content: dict, path: Path) -> None:
     """`torch.save`, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
+    write_file(path, buffer.getbuffer())
 
 
 def load(path: Path) -> dict:
@@ -95,10 +95,13 @@ def sgd_state(rates: list[float]) -> dict:
     """
     off = {"momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, "maximize": False, "foreach": None,
            "differentiable": False, "fused": None}  # fmt: skip
-    groups = []
-    for lr in dict.fromkeys(rates):  # a group of parameters for each rate
-        groups.append({"lr": lr, **off, "params": [i for i, rate in enumerate(rates) if rate == lr]})
+    groups = [{"lr": lr, **off, "params": numbers} for lr, numbers in by_rate(rates).items()]
     return {"state": {}, "param_groups": groups}
+
+
+def by_rate(rates: list[float]) -> dict[float, list[int]]:
+    """The numbers of the parameters with each learning rate: the groups of an optimizer."""
+    return {lr: [i for i, rate in enumerate(rates) if rate == lr] for lr in dict.fromkeys(rates)}
 
 
 @dataclass
@@ -117,10 +120,25 @@ class Track:
     step: int = 0  # finished steps of the next epoch
     history: dict[str, list] = field(default_factory=dict)
     on_disk: tuple[int, int] = (0, 0)  # the epoch and step of the last state that was written or read
+    optimizer: torch.optim.Optimizer | None = field(default=None, init=False)  # with momentum or weight decay
+
+    def __post_init__(self):
+        settings, parameters = self.member.settings, list(self.model.parameters())
+        if settings.momentum or settings.weight_decay:
+            groups = [{"params": [parameters[i] for i in group], "lr": lr} for lr, group in by_rate(self.rates).items()]
+            self.optimizer = torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
 
     @property
     def net(self) -> nn.Sequential:
         return layers_of(self.model)
+
+    @property
+    def random(self) -> torch.Generator | None:
+        """What the network's dropout draws from; None if it has none."""
+        if not any(isinstance(layer, (nn.Dropout, nn.Dropout2d)) for layer in self.model.modules()):
+            return None
+        device = next(self.model.parameters()).device
+        return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
     @property
     def evaluated(self) -> list[int]:
@@ -155,11 +173,15 @@ class Track:
             weights[name] = tensor.cpu()
         state = {
             "weights": weights,
-            "optimizer": sgd_state(self.rates),
+            "optimizer": sgd_state(self.rates) if self.optimizer is None else dict(self.optimizer.state_dict()),
             "epoch": self.epoch,
             "step": self.step,
             "history": self.history,
         }
+        buffers = {i: values["momentum_buffer"].cpu() for i, values in state["optimizer"]["state"].items()}
+        state["optimizer"]["state"] = {i: {"momentum_buffer": buffer} for i, buffer in buffers.items()}
+        if self.random:
+            state["random"] = self.random.get_state()
         save(state, path)
         self.on_disk = (self.epoch, self.step)
 
@@ -219,6 +241,7 @@ class Track:
         self._take_newest(epoch)
 
     def _take_newest(self, last: int) -> None:
+        torch.manual_seed(self.member.settings.seed)  # of dropout, whatever this process did before
         for epoch in reversed(self.member.evaluations):
             if epoch <= last and (state := self._read(self.path(epoch))):
                 self._take(state)
@@ -226,6 +249,14 @@ class Track:
 
     def _take(self, state: dict) -> None:
         load_weights(self.model, state)
+        if self.optimizer:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.optimizer.state.clear()
+            for i, saved in state["optimizer"]["state"].items():
+                buffer = torch.empty_like(parameters[i]).copy_(saved["momentum_buffer"])
+                self.optimizer.state[parameters[i]]["momentum_buffer"] = buffer
+        if self.random and state["random"].shape == self.random.get_state().shape:  # else it is of another device
+            self.random.set_state(state["random"])
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.on_disk = (self.epoch, self.step)
 
@@ -244,12 +275,27 @@ class Track:
             elif path != self.path(epoch) or evaluated != due:
                 raise Damaged("it is of another epoch")
             check_weights(self.model, state)
+            self._check_optimizer_and_random(state)
             return state
         except FileNotFoundError:
             return None
         except Damaged as damage:
             set_aside(path, str(damage))
             return None
+
+    def _check_optimizer_and_random(self, state: dict) -> None:
+        """Raise Damaged if the network cannot be continued from these parts of a loaded checkpoint."""
+        try:
+            if self.optimizer:
+                saved, expected = state["optimizer"]["state"], []
+                if self.member.settings.momentum and (state["epoch"], state["step"]) > (0, 0):
+                    expected = [p.shape for group in self.optimizer.param_groups for p in group["params"]]
+                if [saved[i]["momentum_buffer"].shape for i in range(len(saved))] != expected:
+                    raise Damaged("its optimizer's state does not fit the network")
+            if self.random and state["random"].shape == self.random.get_state().shape:
+                torch.Generator(self.random.device).set_state(state["random"])
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise Damaged(f"its optimizer's or random state is no such thing: {type(error).__name__}") from None
 
     def _read_history(self) -> dict[str, list] | None:
         path = self.member.history(self.run)

@@ -1,6 +1,7 @@
 """Conversions: from a CNN to what is trained on in its place, by name.
 
     lc      the equivalent locally connected network (eLCN): every convolution untied
+    fc      the equivalent fully connected network (eFCN): every convolution a matrix
     lc5     only the convolution with that index in the network untied; lc1+9: those two
     tied    control: the CNN, with the steps of an eLCN confined to the tied subspace
     cnn     control: the CNN, trained on at the eLCN's learning rate
@@ -12,13 +13,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rnorm.layers import LocallyConnected2d, layer_shapes
 
 COPIED = (
     nn.ZeroPad2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.Dropout,
-    nn.Dropout2d, nn.Flatten, nn.Linear,
+    nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.Linear, LocallyConnected2d,
 )  # fmt: skip
 """The layers that an untied network takes over as they are."""
 
@@ -55,6 +58,58 @@ def untie(net: nn.Sequential, image_shape: tuple[int, ...], only: set[int] | Non
     return nn.Sequential(*layers)
 
 
+def fully_connect(net: nn.Sequential, image_shape: tuple[int, ...]) -> nn.Sequential:
+    """The equivalent fully connected network (eFCN) of `net`, untied or not, for images of shape (C, H, W).
+
+    Every convolution becomes Flatten, Linear, Unflatten; one with padding of its own gets a ZeroPad2d before these, so
+    that the matrices always read padded inputs. `net` stays as it is. Raises ValueError as `untie` does. Source:
+    arXiv:1906.06766, section 2.
+    """
+    net = untie(net, image_shape)
+    shapes, layers = layer_shapes(net, image_shape), []
+    for i, layer in enumerate(net):
+        if isinstance(layer, LocallyConnected2d):
+            if any(layer.padding):
+                layers.append(nn.ZeroPad2d((layer.padding[1],) * 2 + (layer.padding[0],) * 2))
+            layers += [nn.Flatten(), matrix_of(layer), nn.Unflatten(1, shapes[i + 1])]
+        else:
+            layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+def lift(a: nn.Sequential, b: nn.Sequential, image_shape: tuple[int, ...]) -> list[nn.Sequential]:
+    """Two networks in one form: fully connected if either is, else untied in every layer in which either is."""
+    if any(hasattr(layer, "local") for layer in [*a, *b]):
+        return [fully_connect(net, image_shape) for net in (a, b)]
+    untied = {i for net in (a, b) for i, layer in enumerate(net) if isinstance(layer, LocallyConnected2d)}
+    return [untie(net, image_shape, {i for i in untied if isinstance(net[i], nn.Conv2d)}) for net in (a, b)]
+
+
+def matrix_of(layer: LocallyConnected2d) -> nn.Linear:
+    """The Linear layer that computes `layer`, from flattened padded inputs (N, C_in * H * W) to (N, C_out * L).
+
+    L is the number of positions. Zero outside the local fields; its buffer `local`, bool (L, C_in * H * W) and no part
+    of the state dict, says which inputs each position reads.
+    """
+    weight = layer.filters.detach()[0]  # (C_out, C_in, H_out, W_out, k_h * k_w)
+    channels, positions, device = weight.shape[0], weight[0, 0, ..., 0].numel(), weight.device
+    height, width = (size + 2 * zeros for size, zeros in zip(layer.input_size, layer.padding))
+    inputs = layer.in_channels * height * width
+    numbered = torch.arange(inputs, dtype=torch.float64, device=device).view(1, -1, height, width)
+    read = F.unfold(numbered, layer.kernel_size, layer.dilation, 0, layer.stride)[0].T.long()  # (L, C_in * k_h * k_w)
+    local = torch.zeros(positions, inputs, dtype=torch.bool, device=device).scatter_(1, read, True)
+    matrix = nn.utils.skip_init(
+        nn.Linear, inputs, channels * positions, layer.bias is not None, device=device, dtype=weight.dtype
+    )
+    matrix.register_buffer("local", local, persistent=False)
+    with torch.no_grad():
+        filters = weight.flatten(2, 3).permute(0, 2, 1, 3).flatten(2)  # (C_out, L, C_in * k_h * k_w)
+        matrix.weight.zero_().view(channels, positions, inputs).scatter_(2, read.expand(channels, -1, -1), filters)
+        if layer.bias is not None:
+            matrix.bias.copy_(layer.state_dict()["bias"].flatten())
+    return matrix
+
+
 def same_rate(net: nn.Sequential, image_shape: tuple[int, ...], lr: float) -> list[float]:
     """The learning rate `lr` for every parameter of `net`."""
     return [lr for _ in net.parameters()]
@@ -79,10 +134,12 @@ class Conversion:
 
     convert: Callable[[nn.Module, tuple[int, ...]], nn.Module]  # (a CNN with its layers in `net`, (C, H, W)) -> network
     rates: Callable[[nn.Sequential, tuple[int, ...], float], list[float]] = same_rate  # one for each parameter
+    keep: str = "all"  # or "last": which checkpoints stay on disk, unless told otherwise
 
 
 CONVERSIONS = {
     "lc": Conversion(lambda cnn, image_shape: untie(cnn.net, image_shape)),
+    "fc": Conversion(lambda cnn, image_shape: fully_connect(cnn.net, image_shape), keep="last"),
     "tied": Conversion(lambda cnn, image_shape: copy.deepcopy(cnn), tied_rate),
     "cnn": Conversion(lambda cnn, image_shape: copy.deepcopy(cnn)),
 }

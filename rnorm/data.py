@@ -42,10 +42,13 @@ class Source:
     arrays: Callable[[Path], dict[str, np.ndarray]]
     mean: tuple[float, float, float] = (0.491, 0.482, 0.447)  # of CIFAR-10
     std: tuple[float, float, float] = (0.247, 0.243, 0.262)
+    images: int = 0  # for training, of a data set that is downloaded; 0: not known in advance
 
 
-def load_data(dataset: str, data_dir: Path, data_size: int, device: torch.device) -> Data:
-    """Load a data set, one of DATASETS or the path of an .npz file, and put it on `device`.
+def load_data(
+    dataset: str, data_dir: Path, data_size: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Data:
+    """Load a data set, one of DATASETS or the path of an .npz file, and put it on `device`, its images as `dtype`.
 
     `data_size` is how many training images to use, from the first on; 0 for all. Raises RnormError if the data are not
     there or not what they should be.
@@ -61,8 +64,9 @@ def load_data(dataset: str, data_dir: Path, data_size: int, device: torch.device
         arrays |= {name: arrays[name][:data_size] for name in ("x_train", "y_train")}
     tensors = {}
     for part in ("train", "test"):
-        x = torch.from_numpy(arrays[f"x_{part}"]).to(device, torch.float32).div_(255)  # (N, 32, 32, 3)
-        x.sub_(torch.tensor(source.mean, device=device)).div_(torch.tensor(source.std, device=device))
+        x = torch.from_numpy(arrays[f"x_{part}"]).to(device, dtype).div_(255)  # (N, 32, 32, 3)
+        mean, std = (torch.tensor(values, device=device, dtype=dtype) for values in (source.mean, source.std))
+        x.sub_(mean).div_(std)
         tensors[f"x_{part}"] = x.permute(0, 3, 1, 2)
         tensors[f"y_{part}"] = torch.from_numpy(arrays[f"y_{part}"]).to(device)
     return Data(**tensors, num_classes=num_classes, sha256=digest.hexdigest())
@@ -80,22 +84,24 @@ def dataset_name(dataset: str) -> str:
     return Path(dataset).name if stem in DATASETS and dataset != stem else stem
 
 
-def cifar10(data_dir: Path) -> dict[str, np.ndarray]:
-    """CIFAR-10 as arrays, through torchvision, downloaded into `data_dir` if it is not there."""
-    from torchvision.datasets import CIFAR10  # only here: it is slow to import
+def cifar(data_dir: Path, classes: int) -> dict[str, np.ndarray]:
+    """CIFAR-10 or CIFAR-100 as arrays, through torchvision, downloaded into `data_dir` if it is not there."""
+    from torchvision import datasets  # only here: it is slow to import
 
+    kind, name = getattr(datasets, f"CIFAR{classes}"), f"CIFAR-{classes}"
     try:
         try:
-            parts = [CIFAR10(data_dir, train=train) for train in (True, False)]
+            parts = [kind(data_dir, train=train) for train in (True, False)]
         except RuntimeError:  # not there, or not intact
             data_dir.mkdir(parents=True, exist_ok=True)
             with Lock(data_dir, wait=True):  # many jobs may start at once
-                parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
+                parts = [kind(data_dir, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, no space, a truncated or foreign archive, ...
-        here = [p for p in (data_dir / "cifar-10-python.tar.gz", data_dir / "cifar-10-batches-py") if p.exists()]
+        reason = _line(error)
+        here = [p for p in (data_dir / kind.filename, data_dir / kind.base_folder) if p.exists()]
         if here:
-            raise NoData(f"CIFAR-10 in {data_dir} is damaged ({_line(error)}); delete {here[0]}, try again") from None
-        raise NoData(f"no CIFAR-10 in {data_dir}, and it cannot be downloaded ({_line(error)})") from None
+            raise NoData(f"{name} in {data_dir} is damaged ({reason}); delete {here[0]} and try again") from None
+        raise NoData(f"no {name} in {data_dir}, and it cannot be downloaded ({reason})") from None
     arrays = {}
     for part, source in zip(("train", "test"), parts):
         arrays |= {f"x_{part}": source.data, f"y_{part}": np.array(source.targets, np.int64)}
@@ -118,14 +124,12 @@ def npz(data_dir: Path, dataset: str) -> dict[str, np.ndarray]:
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or not len(x):
-            right = "uint8 (N, 32, 32, 3), N at least 1"
-            raise RnormError(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be {right}")
+            raise RnormError(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N > 0")
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            right = f"integers ({len(x)},), one per image"
-            raise RnormError(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be {right}")
+            raise RnormError(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be {len(x)} integers")
     classes = np.unique(arrays["y_train"])
     if len(classes) < 3 or classes[0] != 0 or classes[-1] != len(classes) - 1:
-        raise RnormError(f"{path}: the labels in y_train have to be 0, 1, ..., c-1, each at least once, c at least 3")
+        raise RnormError(f"{path}: y_train has to hold the labels 0, 1, ..., c-1, each of them, and c at least 3")
     if arrays["y_test"].min() < 0 or arrays["y_test"].max() >= len(classes):
         raise RnormError(f"{path}: y_test has labels outside 0 to {len(classes) - 1}, the classes of y_train")
     return arrays | {name: arrays[name].astype(np.int64) for name in ("y_train", "y_test")}
@@ -163,4 +167,10 @@ def synthetic(train: int = 2000, test: int = 1000) -> dict[str, np.ndarray]:
     return arrays
 
 
-DATASETS = {"cifar10": Source(cifar10), "synthetic": Source(lambda data_dir: synthetic())}
+DATASETS = {
+    "cifar10": Source(lambda data_dir: cifar(data_dir, 10), images=50_000),
+    "cifar100": Source(
+        lambda data_dir: cifar(data_dir, 100), (0.49137, 0.48235, 0.44667), (0.24706, 0.24353, 0.26157), images=50_000
+    ),
+    "synthetic": Source(lambda data_dir: synthetic()),
+}

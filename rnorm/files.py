@@ -20,7 +20,7 @@ class InUse(RnormError):
     """Another process holds a lock."""
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes | memoryview) -> None:
     """Write `content` to `path`, so that at every moment the old file or the new one is there, whole."""
     temporary = path.with_name(f".{path.name}.tmp")  # the lock of the directory keeps others from this name
     try:

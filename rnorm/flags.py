@@ -19,19 +19,22 @@ HELP = {
     "data_size": "use the first N training images; 0: all",
     "batch_size": "images per step",
     "seed": "seed of the initial weights and of --shuffle",
-    "precision": "arithmetic of products and convolutions on CUDA: float32 or tf32",
+    "precision": "float32, tf32 (on CUDA, of products and convolutions alone) or float64 (of everything)",
+    "momentum": "momentum of SGD",
+    "weight_decay": "weight decay of SGD",
 }
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting, and --results_dir."""
-    metavars = {int: "N", float: "LR", str: "NAME"}
+    precisions = ("float32", "tf32", "float64")
+    metavars = {int: "N", float: "NUMBER", str: "NAME"}
     for name, text in HELP.items():
         default = getattr(Settings, name)
         spellings = [f"--{name}", "--lcn_lr"] if name == "lc_lr" else [f"--{name}"]
         parser.add_argument(
             *spellings, dest=name, type=type(default), default=default, metavar=metavars[type(default)],
-            help=f"{text} (default: {default})", choices=("float32", "tf32") if name == "precision" else None,
+            help=f"{text} (default: {default})", choices=precisions if name == "precision" else None,
         )  # fmt: skip
     parser.add_argument(
         "--splits", type=int, nargs="+", default=[], metavar="EPOCH", help="convert at these epochs instead of n_splits"

@@ -1,4 +1,11 @@
-"""tmp"""
+"""A convolution without weight sharing, `LocallyConnected2d`, and what it computes with. Needs torch and nothing else.
+
+The layer multiplies, at every output position, a matrix of patches with a matrix of filters. There are two quick ways
+to do so, `Rows` and `Patches`, with first derivatives of their own, and a plain one, `unfolded`, which PyTorch can
+differentiate any number of times.
+"""
+
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -6,6 +13,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+SHORT = 48  # numbers; where a kernel row sees less of an image, copying all patches is quicker on the CPU
+LARGE = 2**23  # numbers (32 MB): a copy of all patches from here on would not stay in a GPU's cache
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """An int twice, or a pair (vertical, horizontal) as ints; raises ValueError for any other length."""
+    if isinstance(value, int):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"expected an int or a pair, not {tuple(value)}")
+    return int(value[0]), int(value[1])
 
 
 def layer_shapes(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -22,18 +41,14 @@ def layer_shapes(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tuple
     return shapes
 
 
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
 class LocallyConnected2d(nn.Module):
     r"""A two-dimensional convolution without weight sharing: every output position has filters of its own.
 
     For an input of size :math:`(N, C_{in}, H, W)` the output at position :math:`(h, w)` is
 
     .. math::
-        \text{out}(n, o, h, w) = \text{bias}(o, h, w) + \sum_{c, i, j}
-            \text{weight}(o, c, h, w, i k_w + j)\; \text{input}(n, c, h s_h + i d_h - p_h, w s_w + j d_w - p_w)
+        \text{out}(n, o, h, w) = \text{bias}(h, w, o) + \sum_{c, i, j}
+            \text{weight}(h, w, i, j, c, o)\; \text{input}(n, c, h s_h + i d_h - p_h, w s_w + j d_w - p_w)
 
     with kernel :math:`k`, stride :math:`s`, padding :math:`p` (zeros) and dilation :math:`d`.
 
@@ -45,23 +60,40 @@ class LocallyConnected2d(nn.Module):
         bias: learn a bias for every channel and position.
 
     Shapes:
-        - Input: (N, C_in, H, W), with (H, W) equal to `input_size`.
+        - Input: (N, C_in, H, W), with (H, W) equal to `input_size`; N may be 0.
         - Output: (N, C_out, H_out, W_out), with H_out = (H + 2 p_h - d_h (k_h - 1) - 1) // s_h + 1 and W_out
-          alike. On the CPU it is channels-last in memory.
+          alike. It is channels-last in memory.
 
     Attributes:
-        weight: (1, C_out, C_in, H_out, W_out, k_h * k_w), uniform in +-1/sqrt(C_in k_h k_w) as in `nn.Conv2d`.
-            In memory it lies in the order (H_out, W_out, k_h, k_w, C_in, C_out), that of the matrix products;
-            any other order computes the same, slower.
-        bias: (1, C_out, H_out, W_out) or None, initialised like the weight.
-        fused_step: None, or a learning rate: then the backward pass takes the step of plain SGD itself,
-            weight -= fused_step * gradient, and likewise for the bias, and leaves both `.grad` as they are. That
-            saves writing and reading the gradient. CPU only, for a layer used once per step.
+        weight: (H_out, W_out, k_h, k_w, C_in, C_out), the order of the matrix products; uniform in
+            +-1/sqrt(C_in k_h k_w) as in `nn.Conv2d`.
+        bias: (H_out, W_out, C_out) or None, initialised like the weight.
+        filters: a view of the weight in the shape of the file format, (1, C_out, C_in, H_out, W_out, k_h * k_w).
+        fused_step: None, or a learning rate: then the backward pass takes the step of plain SGD for the weight itself,
+            weight -= fused_step * gradient, and leaves `weight.grad` as it is. That saves writing and reading the
+            largest gradient. For a layer used once per step.
+
+    State dict: `weight` in the shape of `filters`, and `bias` as (1, C_out, H_out, W_out).
+
+    ====================================  ============================================================================
+    works with
+    ====================================  ============================================================================
+    any optimiser, also LBFGS             and whatever flattens parameters: `parameters_to_vector`, pruning
+    autocast                              as `nn.Conv2d`: computes in autocast's dtype
+    second derivatives, Hessians          on every device; they take the plain form, which is slower
+    torch.compile, torch.export           they get the plain form
+    activation checkpointing              yes, with and without reentry
+    deepcopy, pickle, `functional_call`   yes; `functional_call` takes parameters, not a state dict
+    DistributedDataParallel               yes
+    torch.func.grad, vmap, jvp            no: PyTorch says so in a RuntimeError; `unfolded` works with them
+    ====================================  ============================================================================
+
+    With `fused_step` set, second derivatives, autocast and torch.compile are refused.
 
     Raises:
-        ValueError: sizes that are not positive, a kernel larger than the padded input, or an input of another size.
-
-    The CPU path has first derivatives only; on other devices the layer is made of differentiable operations.
+        ValueError: sizes that are not positive or no pairs, a kernel larger than the padded input, an input of
+            another size, or of another dtype than the weight.
+        RuntimeError: second derivatives with `fused_step`.
 
     Example:
         >>> layer = LocallyConnected2d(16, 33, (50, 100), kernel_size=(3, 5), stride=(2, 1), padding=(4, 2))
@@ -97,10 +129,9 @@ class LocallyConnected2d(nn.Module):
             raise ValueError(f"a kernel of {self.kernel_size} does not fit an input of {self.input_size}")
         self.output_size = (height, width)
         weight = torch.empty(height, width, *self.kernel_size, in_channels, out_channels, device=device, dtype=dtype)
-        self.weight = nn.Parameter(weight.permute(5, 4, 0, 1, 2, 3).flatten(4)[None])
+        self.weight = nn.Parameter(weight)
         if bias:
-            bias = torch.empty(height, width, out_channels, device=device, dtype=dtype)
-            self.bias = nn.Parameter(bias.permute(2, 0, 1)[None])
+            self.bias = nn.Parameter(torch.empty(height, width, out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.fused_step: float | None = None
@@ -125,10 +156,14 @@ class LocallyConnected2d(nn.Module):
             conv.dilation, conv.bias is not None, conv.weight.device, conv.weight.dtype,
         )  # fmt: skip
         with torch.no_grad():
-            layer.weight.copy_(conv.weight.flatten(2)[None, :, :, None, None, :])
+            layer.weight.copy_(conv.weight.permute(2, 3, 1, 0))
             if conv.bias is not None:
-                layer.bias.copy_(conv.bias[None, :, None, None])
+                layer.bias.copy_(conv.bias)
         return layer
+
+    @property
+    def filters(self) -> Tensor:
+        return _to_file(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
@@ -139,16 +174,62 @@ class LocallyConnected2d(nn.Module):
     def compute(self, x: Tensor, padding: tuple[int, int], outputs: tuple[int, int]) -> Tensor:
         """The first `outputs` (rows, columns) of the output, for an input with `padding` zeros (above, to the left)."""
         geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation, outputs)
-        if x.device.type == "cpu":
-            out = _InPlace.apply(x, self.weight, self.bias, geometry, self.fused_step)
-            return out.permute(0, 3, 1, 2)  # here, as layers after this one may change a view of it in place
-        return unfolded(x, self.weight, self.bias, geometry)
+        weight, bias, device = self.weight, self.bias, x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if self.fused_step is not None and (autocast or torch.compiler.is_compiling()):
+            raise ValueError("fused_step is for neither autocast nor torch.compile")
+        if autocast:
+            x, weight, bias = (_autocast(t, torch.get_autocast_dtype(device)) for t in (x, weight, bias))
+        if x.dtype != weight.dtype:
+            raise ValueError(f"the input is {x.dtype} and the weight {weight.dtype}; convert one of them")
+        if torch.compiler.is_compiling():
+            return unfolded(x, weight, bias, geometry)
+        out = _LocallyConnected.apply(x, weight, bias, geometry, self.fused_step)
+        return out.permute(0, 3, 1, 2)  # here, as layers after this one may change a view of it in place
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, input_size={self.input_size}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
         )
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, _ in self.named_parameters():
+            destination[prefix + name] = _to_file(destination[prefix + name])
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
+    ) -> None:
+        state_dict = dict(state_dict)
+        for name, parameter in self.named_parameters():
+            saved, shape = state_dict.get(prefix + name), _to_file(parameter).shape
+            if isinstance(saved, Tensor) and saved.shape == shape:
+                state_dict[prefix + name] = _from_file(saved, self.kernel_size)
+            elif isinstance(saved, Tensor):
+                errors.append(f"size mismatch for {prefix + name}: {tuple(saved.shape)} instead of {tuple(shape)}")
+                del state_dict[prefix + name]
+                missing = []  # it is there, but does not fit
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def _to_file(parameter: Tensor) -> Tensor:
+    """A view of a weight as (1, C_out, C_in, H_out, W_out, k_h * k_w), or of a bias as (1, C_out, H_out, W_out)."""
+    if parameter.dim() == 3:
+        return parameter.permute(2, 0, 1)[None]
+    return parameter.permute(5, 4, 0, 1, 2, 3).flatten(4)[None]
+
+
+def _from_file(saved: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """The inverse of `_to_file`, contiguous."""
+    if saved.dim() == 4:
+        return saved[0].permute(1, 2, 0).contiguous()
+    return saved[0].unflatten(-1, kernel).permute(2, 3, 4, 5, 1, 0).contiguous()
+
+
+def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What autocast makes of the argument of a convolution: `dtype`, unless it is float64."""
+    return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
 
 class Geometry(NamedTuple):
@@ -167,6 +248,14 @@ class Geometry(NamedTuple):
         )
         (top, left), (_, _, h, w) = self.padding, x.shape
         return F.pad(x, (left, max(0, width - left - w), top, max(0, height - top - h)))[:, :, :height, :width]
+
+    def patches(self, x: Tensor) -> Tensor:
+        """What every output position sees of x (N, C, H, W), as (H_out, W_out, N, k_h * k_w * C); a copy."""
+        x = self.pad(x)
+        for dim in (0, 1):
+            x = x.unfold(dim + 2, (self.kernel[dim] - 1) * self.dilation[dim] + 1, self.stride[dim])
+            x = x[..., :: self.dilation[dim]]
+        return x.permute(2, 3, 0, 4, 5, 1).flatten(3).contiguous()
 
     def products(self, height: int, width: int) -> Iterator[tuple[slice, int, int, slice, slice, slice]]:
         """Cut the layer on an input of (height, width) into matrix products that leave out the padding.
@@ -194,96 +283,191 @@ def _inside(start: int, step: int, count: int, size: int) -> range:
     return range(max(0, -(start // step)), min(count, (size - 1 - start) // step + 1))
 
 
-def _matrices(weight: Tensor, kernel: tuple[int, int]) -> Tensor:
-    """`LocallyConnected2d.weight` as (H_out, W_out, k_h, k_w, C_in, C_out), in memory too."""
-    return weight[0].unflatten(-1, kernel).permute(2, 3, 4, 5, 1, 0).contiguous()
-
-
-def _patches(x: Tensor, g: Geometry) -> Tensor:
-    """What every output position sees of x (N, C_in, H, W), as (H_out, W_out, N, k_h * k_w * C_in)."""
-    x = g.pad(x)
-    for dim in (0, 1):
-        x = x.unfold(dim + 2, (g.kernel[dim] - 1) * g.dilation[dim] + 1, g.stride[dim])[..., :: g.dilation[dim]]
-    return x.permute(2, 3, 0, 4, 5, 1).flatten(3)
-
-
 def unfolded(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-    """A locally connected layer as one matrix of patches times one matrix of filters at every position.
+    """The layer in plain operations, on any device, differentiable any number of times.
 
-    On any device, differentiable any number of times. x: (N, C_in, H, W); returns (N, C_out, *g.outputs).
+    x: (N, C_in, H, W); weight and bias as in `LocallyConnected2d`; returns (N, C_out, *g.outputs).
     """
     rows, columns = g.outputs
-    filters = _matrices(weight, g.kernel)[:rows, :columns].flatten(2, 4)  # (H_out, W_out, k_h * k_w * C_in, C_out)
-    out = (_patches(x, g) @ filters).permute(2, 3, 0, 1)  # (N, C_out, H_out, W_out)
-    out = out.contiguous(memory_format=torch.channels_last)
-    return out if bias is None else out + bias[:, :, :rows, :columns]
+    out = g.patches(x) @ weight[:rows, :columns].flatten(2, 4)  # (H_out, W_out, N, C_out)
+    if bias is not None:
+        out = out + bias[:rows, :columns, None]
+    return out.permute(2, 3, 0, 1)
 
 
-class _InPlace(torch.autograd.Function):
-    """A locally connected layer on the CPU, as batched matrix products that read their patches in place.
+def on_cpu(x: Tensor) -> bool:
+    """Whether to compute as is quickest on the CPU. A test can take the other devices' way on the CPU by this."""
+    return x.device.type == "cpu"
+
+
+class Rows:
+    """Products that read their patches in place: the quickest way on the CPU.
 
     What one row of the kernel sees of one image is, with the channels last, k_w * C_in adjacent numbers. So for one
     kernel row and one output column the patches of all output rows are a strided view of the input, which `baddbmm`
-    reads as it is; the gradient for the input is added through the same view. Where that would be less than SHORT
-    numbers (the first layer has 3 channels), a copy of all patches is the faster way.
+    reads as it is; the gradient for the input is added through the same view.
     """
 
-    SHORT = 48
+    @staticmethod
+    def forward(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, g: Geometry) -> Tensor:
+        """Fill out (H_out, W_out, N, C_out); returns what the backward pass needs of x: (H, N, W, C_in)."""
+        out[:] = bias[:, :, None]
+        seen = x.permute(2, 0, 3, 1).contiguous()
+        for h, w, i, j, rows, columns in g.products(*x.shape[2:]):
+            out[h, w].baddbmm_(seen[rows, :, columns].flatten(2), weight[h, w, i, j].flatten(1, 2))
+        return seen
+
+    @staticmethod
+    def add_weight_gradient(total: Tensor, seen: Tensor, grad: Tensor, g: Geometry, alpha: float) -> None:
+        """total += alpha * gradient, for total as the weight and grad (H_out, W_out, N, C_out)."""
+        for h, w, i, j, rows, columns in g.products(seen.shape[0], seen.shape[2]):
+            patches = seen[rows, :, columns].flatten(2).transpose(1, 2)
+            total[h, w, i, j].flatten(1, 2).baddbmm_(patches, grad[h, w], alpha=alpha)
+
+    @staticmethod
+    def input_gradient(grad: Tensor, weight: Tensor, g: Geometry, size: tuple[int, ...]) -> Tensor:
+        """The gradient for an input of size (N, C_in, H, W)."""
+        n, channels, height, width = size
+        grad_x = grad.new_zeros(height, n, width, channels)
+        for h, w, i, j, rows, columns in g.products(height, width):
+            taps = weight[h, w, i, j].flatten(1, 2).transpose(1, 2)  # (rows, C_out, taps * C_in)
+            grad_x[rows, :, columns].view(*grad[h, w].shape[:2], taps.shape[2]).baddbmm_(grad[h, w], taps)
+        return grad_x.permute(1, 3, 0, 2)
+
+
+class Patches:
+    """Products for all output positions at once, of patches copied beforehand: few operations, on any device.
+
+    Copied is all that a position sees, for one product, or, where that would be LARGE, what a kernel row sees at every
+    row of the input, k_h times less, for one product per kernel row. On the CPU it is the quicker way where a kernel
+    row sees less than SHORT numbers.
+    """
+
+    @staticmethod
+    def forward(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, g: Geometry) -> Tensor:
+        """Fill out (H_out, W_out, N, C_out); returns the patches (H_out, W_out, N, k_h k_w C_in) or (H, ..., k_w C_in).
+        """
+        if g.kernel[0] == 1 or g.stride[0] > 1 or on_cpu(x) or len(x) * weight[..., 0].numel() < LARGE:
+            seen = g.patches(x)
+        else:
+            outputs = x.shape[2], g.outputs[1]
+            seen = Geometry((1, g.kernel[1]), (1, g.stride[1]), (0, g.padding[1]), g.dilation, outputs).patches(x)
+        products = [
+            (out[h].flatten(0, 1), seen[rows].flatten(0, 1), weight[h, :, i].flatten(2, 4).flatten(0, 1))
+            for h, i, rows in Patches.products(seen, weight, g)
+        ]
+        if products and len(products[0][0]) == out.shape[0] * out.shape[1]:
+            part, patches, filters = products.pop(0)
+            torch.baddbmm(bias.flatten(0, 1)[:, None], patches, filters, out=part)
+        else:
+            out[:] = bias[:, :, None]
+        for part, patches, filters in products:
+            part.baddbmm_(patches, filters)
+        return seen
+
+    @staticmethod
+    def products(seen: Tensor, weight: Tensor, g: Geometry) -> list[tuple[slice, slice, slice]]:
+        """(output rows, kernel rows, rows of `seen`) of every product; the first has the most output rows."""
+        rows = g.outputs[0]
+        if seen.shape[3] == math.prod(weight.shape[2:5]):
+            return [(slice(0, rows), slice(0, g.kernel[0]), slice(0, rows))]
+        products = []
+        for i in range(g.kernel[0]):
+            y = i * g.dilation[0] - g.padding[0]
+            h = _inside(y, 1, rows, len(seen))
+            if h:
+                products.append((slice(h.start, h.stop), slice(i, i + 1), slice(h.start + y, h.stop + y)))
+        return sorted(products, key=lambda product: product[0].start - product[0].stop)
+
+    @staticmethod
+    def add_weight_gradient(total: Tensor, seen: Tensor, grad: Tensor, g: Geometry, alpha: float) -> None:
+        """total += alpha * gradient, for total as the weight and grad (H_out, W_out, N, C_out)."""
+        for h, i, rows in Patches.products(seen, total, g):
+            part = total[h, :, i].flatten(2, 4)
+            patches, part_grad = seen[rows].flatten(0, 1).transpose(1, 2), grad[h].flatten(0, 1)
+            if part.stride(0) == part.shape[1] * part.stride(1) and not on_cpu(grad):  # all positions are one batch
+                part.flatten(0, 1).baddbmm_(patches, part_grad, alpha=alpha)
+            else:
+                part.add_(torch.bmm(patches, part_grad).unflatten(0, part.shape[:2]), alpha=alpha)
+
+    @staticmethod
+    def input_gradient(grad: Tensor, weight: Tensor, g: Geometry, size: tuple[int, ...]) -> Tensor:
+        """The gradient for an input of size (N, C_in, H, W): every pixel's is a sum over the taps that read it."""
+        n, channels, height, width = size
+        filters = weight.flatten(2, 4).flatten(0, 1)
+        taps = torch.bmm(grad.flatten(0, 1), filters.transpose(1, 2))  # (H_out * W_out, N, k_h * k_w * C_in)
+        readers, first = _readers(g, n, height, width, grad.device)
+        grad_x = F.embedding_bag(readers, taps.view(-1, channels), first, mode="sum")
+        return grad_x.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _readers(g: Geometry, n: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which taps read which pixel of an input (n, C_in, height, width).
+
+    Returns (the taps, as indices into (H_out, W_out, n, k_h, k_w) flattened, in the order of the pixels; for each pixel
+    where its taps begin). Remembered, as a CUDA graph cannot be captured while numbers are sent to the device.
+    """
+    (k_h, k_w), _, _, _, (rows, columns) = g
+    y, x = (torch.arange(o)[:, None] * s + torch.arange(k) * d - p for k, s, p, d, o in zip(*g))  # (outputs, kernel)
+    y, x = y[:, None, None, :, None], x[:, None, None, :]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    image = torch.arange(n)[:, None, None]
+    pixels = n * height * width
+    pixel = torch.where(inside, (image * height + y) * width + x, pixels).flatten()
+    order = pixel.argsort(stable=True)
+    first = torch.searchsorted(pixel[order], torch.arange(pixels + 1))
+    return order[: first[-1]].to(device), first[:-1].to(device)
+
+
+class _LocallyConnected(torch.autograd.Function):
+    """`LocallyConnected2d` by `Rows` or `Patches`; returns (N, H_out, W_out, C_out)."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, fused_step: float | None
     ) -> Tensor:
-        filters = _matrices(weight, g.kernel)[: g.outputs[0], : g.outputs[1]]
-        if fused_step is not None and filters.data_ptr() != weight.data_ptr():
-            raise ValueError("fused_step needs the weight in the memory order the layer was made with")
-        result = x.new_empty(len(x), *g.outputs, weight.shape[1])
-        out = result.permute(1, 2, 0, 3)  # (H_out, W_out, N, C_out)
-        out[:] = 0 if bias is None else bias[0, :, : g.outputs[0], : g.outputs[1]].permute(1, 2, 0)[:, :, None]
-        ctx.copied = x.shape[1] * (g.kernel[1] if g.dilation[1] == 1 else 1) < _InPlace.SHORT
-        if ctx.copied:
-            seen = _patches(x, g)
-            out.flatten(0, 1).baddbmm_(seen.flatten(0, 1), filters.flatten(2, 4).flatten(0, 1))
-        else:
-            seen = x.permute(2, 0, 3, 1).contiguous()  # (H, N, W, C_in)
-            for h, w, i, j, rows, columns in g.products(*x.shape[2:]):
-                out[h, w].baddbmm_(seen[rows, :, columns].flatten(2), filters[h, w, i, j].flatten(1, 2))
-        ctx.g, ctx.fused_step, ctx.size = g, fused_step, x.shape
-        ctx.save_for_backward(seen, weight, bias)
-        return result  # (N, H_out, W_out, C_out)
+        rows, columns = g.outputs
+        adjacent = x.shape[1] * (g.kernel[1] if g.dilation[1] == 1 else 1)
+        way = Rows if on_cpu(x) and adjacent >= SHORT else Patches
+        result = x.new_empty(len(x), rows, columns, weight.shape[-1])
+        addend = x.new_zeros(1, 1, 1) if bias is None else bias[:rows, :columns]
+        seen = way.forward(result.permute(1, 2, 0, 3), x, weight[:rows, :columns], addend, g)
+        ctx.way, ctx.g, ctx.fused_step = way, g, fused_step
+        ctx.save_for_backward(x, seen, weight, bias)
+        return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        (seen, weight, bias), g, fused = ctx.saved_tensors, ctx.g, ctx.fused_step is not None
-        alpha = -ctx.fused_step if fused else 1
-        n, channels, height, width = ctx.size
-        filters = _matrices(weight, g.kernel)
+        (x, seen, weight, bias), g = ctx.saved_tensors, ctx.g
+        if torch.is_grad_enabled():  # create_graph
+            if ctx.fused_step is not None:
+                raise RuntimeError("fused_step takes its step in the backward pass; there are no second derivatives")
+            return *_differentiable_gradients(ctx.needs_input_grad[:3], x, weight, bias, g, grad), None, None
+        rows, columns = g.outputs
         grad = grad.permute(1, 2, 0, 3)  # (H_out, W_out, N, C_out)
         if grad.stride(3) != 1:
             grad = grad.contiguous()
-
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad.new_zeros(height, n, width, channels)
-            for h, w, i, j, rows, columns in g.products(height, width):
-                seen_by = grad_x[rows, :, columns].view(h.stop - h.start, n, -1)
-                seen_by.baddbmm_(grad[h, w], filters[h, w, i, j].flatten(1, 2).transpose(1, 2))
-            grad_x = grad_x.permute(1, 3, 0, 2)
-        if ctx.needs_input_grad[1]:
-            if not fused:
-                filters = torch.zeros_like(filters)
-                grad_weight = filters.permute(5, 4, 0, 1, 2, 3).flatten(4)[None]
-            if ctx.copied:
-                products = torch.bmm(seen.flatten(0, 1).transpose(1, 2), grad.flatten(0, 1)).unflatten(0, g.outputs)
-                filters[: g.outputs[0], : g.outputs[1]].flatten(2, 4).add_(products, alpha=alpha)
-            else:
-                for h, w, i, j, rows, columns in g.products(height, width):
-                    patches = seen[rows, :, columns].flatten(2).transpose(1, 2)
-                    filters[h, w, i, j].flatten(1, 2).baddbmm_(patches, grad[h, w], alpha=alpha)
+            grad_x = ctx.way.input_gradient(grad, weight[:rows, :columns], g, x.shape)
+        if ctx.needs_input_grad[1] and ctx.fused_step is None:
+            grad_weight = torch.zeros_like(weight)
+            ctx.way.add_weight_gradient(grad_weight[:rows, :columns], seen, grad, g, 1)
+        elif ctx.needs_input_grad[1]:
+            ctx.way.add_weight_gradient(weight[:rows, :columns], seen, grad, g, -ctx.fused_step)
         if ctx.needs_input_grad[2]:
-            if not fused:
-                bias = grad_bias = torch.zeros_like(bias)
-            total = grad.sum(2).permute(2, 0, 1)  # (C_out, rows, columns)
-            bias[0, :, : g.outputs[0], : g.outputs[1]].add_(total, alpha=alpha)
+            grad_bias = grad.sum(2)
+            if grad_bias.shape != bias.shape:
+                grad_bias = F.pad(grad_bias, (0, 0, 0, bias.shape[1] - columns, 0, bias.shape[0] - rows))
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _differentiable_gradients(
+    needed: tuple[bool, ...], x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients for x, weight and bias, themselves differentiable; None for what is not `needed`."""
+    out = unfolded(x, weight, bias, g).permute(0, 2, 3, 1)
+    inputs = [t for t, need in zip((x, weight, bias), needed) if need]
+    gradients = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+    return [next(gradients) if need else None for need in needed]

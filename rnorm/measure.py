@@ -4,14 +4,17 @@ Source of the definitions: arXiv:2206.05317, section 5 (the R-norm experiment), 
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnorm.cli import check_signals
-from rnorm.data import Data
 from rnorm.layers import LocallyConnected2d, layer_shapes
+
+if TYPE_CHECKING:  # what reads histories needs KEYS, but no images
+    from rnorm.data import Data
 
 EVALUATION_BATCH = 500  # images per forward pass; no result depends on it beyond rounding
 
@@ -20,7 +23,10 @@ KEYS = (
     "multiclass_margin_train", "multiclass_margin_train_min", "norm", "log_prod_norm", "norm_margin_normalized",
     "log_prod_norm_normalized", "untied",
 )  # fmt: skip
-"""The keys of every history. `untied_<layer>` follow, one for each convolution, by its index in the network."""
+"""The keys of every history. `untied_<layer>` follow, one for each convolution, by its index in the network.
+
+Besides: `train_top5_acc` and `test_top5_acc`, with more than 10 classes; `nonlocal`, of an eFCN.
+"""
 
 
 def published_margins(logits: Tensor, y: Tensor) -> Tensor:
@@ -60,20 +66,33 @@ def training_flop(net: nn.Sequential, image_shape: tuple[int, ...]) -> int:
 
 
 def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:
-    """`norm`, `log_prod_norm` and the `untied` keys of a network; biases do not count."""
+    """`norm`, `log_prod_norm` and the `untied` keys of a network, and `nonlocal` of an eFCN; biases do not count."""
     norm = log_prod_norm = 0.0
-    deviation, total, untied = 0.0, 0.0, {}
+    deviation, total, outside, untied = 0.0, 0.0, 0.0, {}
+    fully_connected = False
     for i, layer, count in weighted_layers(net, image_shape):
         squared = count * _squared(layer.weight)
         norm += squared
         log_prod_norm += 0.5 * math.log(squared) if squared > 0 else -math.inf
-        if isinstance(layer, LocallyConnected2d):
-            weight = layer.weight.detach()
-            away = _squared(weight - weight.mean((3, 4), keepdim=True))
-            deviation, total = deviation + away, total + squared
-            untied[f"untied_{i}"] = _root_ratio(away, squared)
-        elif isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d):
             untied[f"untied_{i}"] = 0.0
+            continue
+        if isinstance(layer, LocallyConnected2d):
+            filters = layer.filters.detach()  # (1, C_out, C_in, H_out, W_out, k_h * k_w)
+            away = _squared(filters - filters.mean((3, 4), keepdim=True))
+        elif hasattr(layer, "local"):  # what an eFCN made of a convolution; `conversions.matrix_of`
+            matrices = layer.weight.detach().view(-1, *layer.local.shape)  # (C_out, positions, inputs)
+            filters = matrices[:, layer.local].view(*matrices.shape[:2], -1)  # (C_out, positions, C_in * k_h * k_w)
+            nonlocal_part = sum(_squared(matrix.masked_fill(layer.local, 0)) for matrix in matrices)
+            away = _squared(filters - filters.mean(1, keepdim=True)) + nonlocal_part
+            outside += nonlocal_part
+            fully_connected = True
+        else:
+            continue
+        deviation, total = deviation + away, total + squared
+        untied[f"untied_{i}"] = _root_ratio(away, squared)
+    if fully_connected:
+        untied["nonlocal"] = outside / total if total > 0 else 0.0
     return {"norm": norm, "log_prod_norm": log_prod_norm, "untied": _root_ratio(deviation, total), **untied}
 
 
@@ -100,7 +119,7 @@ def logits_of(net: nn.Module, x: Tensor) -> Tensor:
         net.train(training)
 
 
-def evaluate(net: nn.Sequential, fast: nn.Module, data: Data) -> dict[str, float]:
+def evaluate(net: nn.Sequential, fast: nn.Module, data: "Data") -> dict[str, float]:
     """All recorded quantities but `checkpoints`, as Python numbers; the order of `KEYS`.
 
     `net` holds the weights, `fast` computes the same function (`fast.streamline`, or `net` itself).
@@ -111,6 +130,9 @@ def evaluate(net: nn.Sequential, fast: nn.Module, data: Data) -> dict[str, float
         losses = F.cross_entropy(logits[name].double(), y)
         values[f"{name}_loss"] = losses.item()
         values[f"{name}_acc"] = 100 * (logits[name].argmax(1) == y).double().mean().item()
+        if data.num_classes > 10:
+            among = (logits[name].topk(5).indices == y[:, None]).any(1)
+            values[f"{name}_top5_acc"] = 100 * among.double().mean().item()
     values["margin"] = published_margins(logits["test"], data.y_test).double().mean().item()
     values["multiclass_margin"] = multiclass_margins(logits["test"], data.y_test).double().mean().item()
     train_margins = multiclass_margins(logits["train"], data.y_train).double()

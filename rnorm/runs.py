@@ -56,6 +56,8 @@ class Settings:
     seed: int = 0
     shuffle: bool = False
     precision: str = "float32"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
 
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
@@ -64,6 +66,10 @@ class Settings:
         for name in ("cnn_lr", "lc_lr"):
             if not 0 < getattr(self, name) <= 1e38:
                 raise ValueError(f"{name} {getattr(self, name)}: has to be positive and at most 1e38, as in float32")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum {self.momentum}: has to be at least 0 and less than 1")
+        if not 0 <= self.weight_decay <= 1e38:
+            raise ValueError(f"weight_decay {self.weight_decay}: has to be between 0 and 1e38")
         if self.splits and not 0 <= min(self.splits) <= max(self.splits) <= self.epochs:
             raise ValueError(f"splits {' '.join(map(str, self.splits))}: have to lie between 0 and {self.epochs}, the "
                              "epochs")  # fmt: skip

@@ -3,7 +3,8 @@
 #   tests/start_slurm.sh        install it if it is missing, start it, return once the node takes jobs
 #   tests/start_slurm.sh stop   stop it; its state stays
 # STATE (default: /var/tmp/test-slurm) names the directory of state and logs. The four GPUs are fake: jobs see their
-# numbers in CUDA_VISIBLE_DEVICES. CPUs and memory are what the configuration says, not what the machine has.
+# numbers in CUDA_VISIBLE_DEVICES, and have to say --device cpu. CPUs and memory are what the configuration says, not
+# what the machine has.
 set -euo pipefail
 state=${STATE:-/var/tmp/test-slurm}
 config=/etc/slurm/slurm.conf
@@ -33,7 +34,7 @@ if [ "${1:-}" = stop ]; then
   stop munged /run/munge/munged.pid
   exit
 fi
-(($# == 0)) || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
+(($# == 0)) || { sed -n '2,7s/^# //p' "$0" >&2; exit 2; }
 case $(node) in idle | mixed | allocated) exit ;; esac
 mkdir -p "$state" /etc/slurm
 

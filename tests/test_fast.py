@@ -1,143 +1,22 @@
-"""Speed changes no result beyond rounding: every fast path against a plain reference."""
+"""Speed changes no result beyond rounding: streamlined networks and quick steps against plain PyTorch."""
 
 import copy
-import math
-from types import SimpleNamespace
-from unittest.mock import MagicMock, patch
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import models
-from convert import untie
-from fast import Stage, Step, streamline
-from models import LocallyConnected2d, layer_shapes, skinnyprime, unfolded
+from benchmarks.operations import count_step
+from models import skinnyprime
+from rnorm.fast import Stage, Step, streamline
+from rnorm.layers import LocallyConnected2d, layer_shapes
+from test_layers import DEVICES, WAYS, by, close, drawn, of_the_definition, pairs
 
-ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
-
-
-def drawn(strategy, examples):
-    """The same random examples in every run, however long one takes."""
-    quiet = settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
-    return lambda test: quiet(given(strategy)(test))
-
-
-def plain(x, weight, bias, layer):
-    """The definition of a locally connected layer: F.unfold and einsum."""
-    patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (N, C_in * k, H * W)
-    patches = patches.unflatten(1, (x.shape[1], -1)).unflatten(3, layer.output_size)
-    out = torch.einsum("nckhw,ochwk->nohw", patches, weight[0])
-    return out if bias is None else out + bias
-
-
-def portable(layer, x, padding, outputs):
-    """`LocallyConnected2d.compute` as on devices other than the CPU."""
-    geometry = models.Geometry(layer.kernel_size, layer.stride, padding, layer.dilation, outputs)
-    return unfolded(x, layer.weight, layer.bias, geometry)
-
-
-def close(actual, expected, tolerance):
-    """Whether two tensors agree, relative to the largest number expected."""
-    return (actual.double() - expected.double()).abs().max() <= tolerance * (1e-3 + expected.abs().max())
-
-
-def pairs(low, high):
-    return st.tuples(st.integers(low, high), st.integers(low, high))
-
-
-@st.composite
-def layers(draw):
-    """A layer of any geometry, an input in any memory format, how much of the output to compute, and its gradient."""
-    kernel, stride, padding, dilation = draw(pairs(1, 5)), draw(pairs(1, 3)), draw(pairs(0, 4)), draw(pairs(1, 3))
-    smallest = [max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel, padding, dilation)]
-    size = tuple(draw(st.integers(n, n + 7)) for n in smallest)
-    channels = draw(st.tuples(st.sampled_from([1, 2, 3, 7, 17, 49]), st.sampled_from([1, 2, 5, 19])))
-    torch.manual_seed(draw(st.integers(0, 1000)))
-    bias, dtype = draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.float64]))
-    layer = LocallyConnected2d(*channels, size, kernel, stride, padding, dilation, bias, dtype=dtype)
-    x = torch.randn(draw(st.integers(1, 6)), channels[0], *size, dtype=dtype)
-    if draw(st.booleans()):
-        x = x.to(memory_format=torch.channels_last)
-    outputs = tuple(draw(st.integers(1, n)) for n in layer.output_size) if draw(st.booleans()) else layer.output_size
-    grad = torch.randn(len(x), channels[1], *outputs, dtype=dtype)
-    if draw(st.booleans()):
-        grad = grad.mean().expand(grad.shape)  # what sum() sends back: one number, no memory of its own
-    short = draw(st.sampled_from([0, 48, math.inf]))  # kernel rows in place, as it comes, patches copied
-    return SimpleNamespace(layer=layer, x=x, outputs=outputs, grad=grad, short=short, tolerance=ROUNDING[dtype])
-
-
-def expected(case):
-    """(output, gradients for the input and for the parameters) by the plain reference, in float64."""
-    x, *parameters = (t.detach().double().requires_grad_() for t in (case.x, *case.layer.parameters()))
-    weight, bias = parameters if len(parameters) == 2 else (*parameters, None)
-    out = plain(x, weight, bias, case.layer)[:, :, : case.outputs[0], : case.outputs[1]]
-    return out, torch.autograd.grad(out, (x, *parameters), case.grad.double())
-
-
-@drawn(layers(), examples=120)
-def test_the_cpu_layer_and_the_portable_one_compute_the_definition_and_its_gradients(case):
-    layer, x = case.layer, case.x.requires_grad_()
-    out, gradients = expected(case)
-    with patch.object(models._InPlace, "SHORT", case.short):
-        for actual in (
-            layer(x) if case.outputs == layer.output_size else layer.compute(x, layer.padding, case.outputs),
-            portable(layer, x, layer.padding, case.outputs),
-        ):
-            assert actual.shape == out.shape and close(actual, out, case.tolerance)
-            got = torch.autograd.grad(actual, (x, *layer.parameters()), case.grad)
-            assert all(close(*both, case.tolerance) for both in zip(got, gradients))
-
-
-@drawn(layers(), examples=60)
-def test_a_fused_step_is_a_step_of_plain_sgd(case):
-    layer, lr = case.layer, 0.3
-    gradients = expected(case)[1]
-    before = [p.detach().clone() for p in layer.parameters()]
-    layer.fused_step = lr
-    with patch.object(models._InPlace, "SHORT", case.short):
-        x = case.x.requires_grad_()
-        layer.compute(x, layer.padding, case.outputs).backward(case.grad)
-    assert close(x.grad, gradients[0], case.tolerance)
-    for parameter, old, gradient in zip(layer.parameters(), before, gradients[1:]):
-        assert parameter.grad is None
-        assert close(parameter.detach(), old - lr * gradient, case.tolerance)
-
-
-@pytest.mark.parametrize("short", [0, math.inf])
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradcheck(bias, short):
-    torch.manual_seed(0)
-    layer = LocallyConnected2d(2, 3, (5, 4), (3, 2), (2, 1), (1, 2), (1, 2), bias, dtype=torch.float64)
-    inputs = (torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True), *layer.parameters())
-    with patch.object(models._InPlace, "SHORT", short):
-        assert torch.autograd.gradcheck(lambda x, *_: layer(x), inputs)
-    assert torch.autograd.gradgradcheck(lambda x, *_: portable(layer, x, layer.padding, layer.output_size), inputs)
-
-
-def test_the_order_of_the_weight_in_memory_changes_nothing_but_a_fused_step_refuses_another():
-    torch.manual_seed(0)
-    layer = LocallyConnected2d(3, 4, 6, 3)
-    other = copy.deepcopy(layer)
-    other.weight.data = other.weight.data.contiguous()
-    x = torch.randn(2, 3, 6, 6)
-    for net in (layer, other):
-        net(x).square().sum().backward()
-    assert torch.equal(layer(x), other(x)) and torch.equal(layer.weight.grad, other.weight.grad)
-    other.fused_step = 0.1
-    with pytest.raises(ValueError, match="memory order"):
-        other(x)
-
-
-def test_other_devices_get_the_portable_layer():
-    layer = LocallyConnected2d(3, 4, (7, 5), 3, padding=1, device="meta")
-    out = layer(torch.empty(2, 3, 7, 5, device="meta"))
-    assert out.shape == (2, 4, 7, 5) and "PatchRows" not in type(out.grad_fn).__name__
+IMAGE = (3, 32, 32)
+GPU_WAYS = [way for way in WAYS if "GPU" in way]
 
 
 def head(*layers):
@@ -173,14 +52,14 @@ NETWORKS = {
 }  # fmt: skip
 
 
-def untied_where_possible(net, image_shape):
+def untied(net, image_shape, noise=0.1):
     """`net` with every convolution that can be untied untied, and different filters at every position."""
     layers, shapes = copy.deepcopy(list(net)), layer_shapes(net, image_shape)
     for i, layer in enumerate(layers):
         if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and layer.padding != "same":
             layers[i] = LocallyConnected2d.from_conv2d(layer, shapes[i][1:])
-            layers[i].weight.data += 0.1 * torch.randn_like(layers[i].weight)
-    return nn.Sequential(*layers)
+            layers[i].weight.data += noise * torch.randn_like(layers[i].weight)
+    return nn.Sequential(*layers).train(net.training)
 
 
 def assert_streamlined_is_the_same(net, image_shape, n=3):
@@ -188,11 +67,15 @@ def assert_streamlined_is_the_same(net, image_shape, n=3):
     assert set(fast.parameters()) == set(net.parameters())
     x = torch.randn(n, *image_shape, dtype=torch.float64, requires_grad=True)
     inputs = (x, *net.parameters())
-    out, fast_out = net(x), fast(x)
+    out = net(x)
     grad = torch.randn_like(out)
-    assert fast_out.shape == out.shape and close(fast_out, out, 1e-12)
-    gradients = zip(torch.autograd.grad(fast_out, inputs, grad), torch.autograd.grad(out, inputs, grad))
-    assert all(close(*both, 1e-12) for both in gradients)
+    gradients = torch.autograd.grad(out, inputs, grad)
+    for way in ("as it comes", *GPU_WAYS):
+        with by(way):
+            fast_out = fast(x)
+            assert fast_out.shape == out.shape and close(fast_out, out, 1e-12)
+            got = torch.autograd.grad(fast_out, inputs, grad)
+            assert all(close(*both, 1e-12) for both in zip(got, gradients))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -203,10 +86,10 @@ def test_a_streamlined_network_computes_the_same_function_and_gradients(name):
         net.eval()
     for image_shape in ((3, 11, 14), (3, 12, 9)):
         assert_streamlined_is_the_same(net, image_shape)
-        assert_streamlined_is_the_same(untied_where_possible(net, image_shape).train(net.training), image_shape)
+        assert_streamlined_is_the_same(untied(net, image_shape), image_shape)
 
 
-@drawn(st.data(), examples=40)
+@drawn(st.data(), examples=25)
 def test_so_does_a_streamlined_network_of_any_geometry(data):
     def draw(low, high):
         return data.draw(pairs(low, high))
@@ -220,99 +103,178 @@ def test_so_does_a_streamlined_network_of_any_geometry(data):
     # The largest kernel reaches over 7 rows, at stride 3 three outputs over 13: enough for any pooling.
     image_shape = (3, *(data.draw(st.integers(13, 20)) for _ in "HW"))
     assert_streamlined_is_the_same(net, image_shape)
-    assert_streamlined_is_the_same(untied_where_possible(net, image_shape), image_shape)
+    assert_streamlined_is_the_same(untied(net, image_shape), image_shape)
 
 
 def test_streamlining_leaves_out_of_skinnyprime_what_its_pooling_never_reads():
     torch.manual_seed(0)
     cnn = skinnyprime().double().net
-    for net in (cnn, untied_where_possible(cnn, (3, 32, 32))):
+    for net in (cnn, untied(cnn, (3, 32, 32))):
         stages = [layer for layer in streamline(net, (3, 32, 32)) if isinstance(layer, Stage)]
         assert [stage.outputs for stage in stages] == [(17, 17), (7, 7), (3, 3)]
         assert_streamlined_is_the_same(net, (3, 32, 32), n=2)
 
 
-def batches(device="cpu"):
-    """20 batches of skinnyprime's images, the last one smaller."""
+def batches(device="cpu", count=6):
+    """Batches of 8 of skinnyprime's images, in float64, the last one smaller."""
     generator = torch.Generator().manual_seed(0)
-    for n in [8] * 19 + [5]:
-        x = torch.randn(n, 3, 32, 32, generator=generator)
+    for n in [8] * (count - 1) + [5]:
+        x = torch.randn(n, *IMAGE, generator=generator, dtype=torch.float64)
         yield x.to(device), torch.randint(10, (n,), generator=generator).to(device)
 
 
-def largest_change(net, other):
-    """The largest distance of two networks' parameters, relative to their norm."""
-    pairs = zip(net.cpu().parameters(), other.cpu().parameters())
-    return max(((p - q).norm() / q.norm()).item() for p, q in pairs)
-
-
-@pytest.fixture(scope="module", params=["CNN", "eLCN"])
-def trained(request):
-    """(a network before training, after 20 steps in plain torch, the sum of its losses)."""
+def network(name):
+    """The study's CNN or eLCN, always with the same weights, in float64."""
     torch.manual_seed(0)
-    start = skinnyprime().net
-    start = untie(start, (3, 32, 32)) if request.param == "eLCN" else start
-    net = copy.deepcopy(start)
-    for layer in net:
-        if isinstance(layer, LocallyConnected2d):
-            layer.forward = lambda x, layer=layer: plain(x, layer.weight, layer.bias, layer)
-    optimizer, total = torch.optim.SGD(net.parameters(), 0.05), 0.0
-    for x, y in batches():
+    cnn = skinnyprime().net.double()
+    return cnn if name == "CNN" else untied(cnn, IMAGE, noise=0.01)
+
+
+def train_plainly(net, optimizer, count=6):
+    """`net` after some batches in plain PyTorch, and the sum of its losses; `optimizer` makes one of parameters."""
+    net, total = of_the_definition(net), 0.0
+    optimizer = optimizer(list(net.parameters()))
+    for x, y in batches(count=count):
         optimizer.zero_grad()
         loss = F.cross_entropy(net(x), y)
         loss.backward()
         optimizer.step()
         total += loss.item()
-    assert largest_change(net, start) > 1e-3
+    return net, total
+
+
+def train_quickly(net, *args, device="cpu", count=6, **kwargs):
+    """A copy of `net` after the same batches by `Step`, and the sum of its losses."""
+    net = copy.deepcopy(net).to(device)
+    if "optimizer" in kwargs:
+        kwargs["optimizer"] = kwargs["optimizer"](net.parameters())
+    step = Step(net, IMAGE, *args, batch_size=8, **kwargs)
+    for x, y in batches(device, count):
+        step(x, y)
+    return net.cpu(), step.take_loss()
+
+
+def assert_same(net, other, tolerance=1e-10):
+    assert all(close(*both, tolerance) for both in zip(net.parameters(), other.parameters()))
+
+
+@pytest.fixture(scope="module", params=["CNN", "eLCN"])
+def trained(request):
+    """(a network before training, after 6 steps in plain PyTorch, the sum of its losses)."""
+    start = network(request.param)
+    net, total = train_plainly(start, lambda parameters: torch.optim.SGD(parameters, 0.05))
+    assert not any(close(*both, 1e-3) for both in zip(net.parameters(), start.parameters()))
     return start, net, total
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-)
-def test_twenty_steps_end_at_the_weights_of_plain_torch(trained, device):
+@pytest.mark.parametrize("device", DEVICES)
+def test_six_steps_end_at_the_weights_of_plain_torch(trained, device):
     start, expected, loss = trained
-    net = copy.deepcopy(start).to(device)
-    step = Step(net, (3, 32, 32), 0.05)
-    for x, y in batches(device):
-        step(x, y)
-    assert step.take_loss() == pytest.approx(loss, rel=1e-4) and step.take_loss() == 0
-    assert largest_change(net, expected) < 1e-4
+    net, total = train_quickly(start, 0.05, device=device)
+    assert total == pytest.approx(loss, rel=1e-6)
+    assert_same(net, expected)
 
 
-def test_so_do_they_with_the_layer_that_other_devices_get(trained, monkeypatch):
-    monkeypatch.setattr(LocallyConnected2d, "compute", portable)
-    start, expected, _ = trained
-    net = copy.deepcopy(start)
-    step = Step(net, (3, 32, 32), 0.05)
-    for x, y in batches():
-        step(x, y)
-    assert largest_change(net, expected) < 1e-4
+@pytest.mark.parametrize("way", GPU_WAYS)
+def test_so_do_they_in_the_way_that_a_gpu_takes(trained, way):
+    start, expected, loss = trained
+    with by(way):
+        net, total = train_quickly(start, 0.05)
+    assert total == pytest.approx(loss, rel=1e-6)
+    assert_same(net, expected)
+
+
+def test_the_losses_are_taken_once():
+    step = Step(network("CNN"), IMAGE, 0.05, batch_size=8)
+    step(*next(batches()))
+    assert step.take_loss() > 0 and step.take_loss() == 0
+
+
+@pytest.mark.parametrize("name", ["CNN", "eLCN"])
+def test_every_parameter_can_have_a_learning_rate_of_its_own(name):
+    start = network(name)
+    rates = [0.05, 0.01, 0.002, 0.05, 0.0, 0.01, 0.03, 0.05]
+    expected, _ = train_plainly(
+        start, lambda parameters: torch.optim.SGD([{"params": [p], "lr": r} for p, r in zip(parameters, rates)]), 4
+    )
+    assert_same(train_quickly(start, rates, count=4)[0], expected)
+    with pytest.raises(ValueError, match="7 learning rates for 8 parameters"):
+        Step(start, IMAGE, rates[1:], batch_size=8)
+
+
+@pytest.mark.parametrize("name", ["CNN", "eLCN"])
+def test_a_step_can_be_any_optimisers(name):
+    def optimizer(parameters):
+        return torch.optim.SGD(parameters, 0.05, momentum=0.9, weight_decay=0.01)
+
+    start = network(name)
+    expected, loss = train_plainly(start, optimizer, 4)
+    net, total = train_quickly(start, 0.5, optimizer=optimizer, count=4)  # 0.5 does not count
+    assert total == pytest.approx(loss, rel=1e-6)
+    assert_same(net, expected)
 
 
 def test_what_is_frozen_stays_as_it_is(trained):
-    net = copy.deepcopy(trained[0])
-    before = copy.deepcopy(net)
-    frozen = [net[5].weight, net[9].bias, net[13].weight]
-    for parameter in frozen:
-        parameter.requires_grad = False
-    step = Step(net, (3, 32, 32), 0.05)
-    for x, y in batches():
-        step(x, y)
-    for parameter, old in zip(net.parameters(), before.parameters()):
-        assert torch.equal(parameter, old) == any(parameter is p for p in frozen)
+    start = copy.deepcopy(trained[0])
+    frozen = {"5.weight", "9.bias", "13.weight"}
+    for name, parameter in start.named_parameters():
+        parameter.requires_grad = name not in frozen
+    net, _ = train_quickly(start, 0.05, count=2)
+    for (name, parameter), old in zip(net.named_parameters(), start.parameters()):
+        assert torch.equal(parameter, old) == (name in frozen)
+
+
+def test_a_failed_step_leaves_no_layer_fused():
+    net = network("eLCN")
+    with pytest.raises(ValueError):
+        Step(net, IMAGE, 0.05, batch_size=8)(torch.randn(8, *IMAGE, dtype=torch.float32), torch.zeros(8).long())
+    assert all(layer.fused_step is None for layer in net if isinstance(layer, LocallyConnected2d))
 
 
 def test_the_steps_that_warm_up_a_cuda_graph_leave_no_trace(monkeypatch):
     """On the CPU a mocked capture runs the step it should only record, so that one step is what has to remain."""
     for name in ("Stream", "stream", "current_stream", "graph", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
-    torch.manual_seed(0)
-    net = skinnyprime().net
+    net = network("eLCN")
     once = copy.deepcopy(net)
     x, y = next(batches())
-    captured, plain_step = Step(net, (3, 32, 32), 0.05), Step(once, (3, 32, 32), 0.05)
-    captured._capture(x, y)
-    plain_step(x, y)
-    assert largest_change(net, once) < 1e-6
+    captured, plain_step = Step(net, IMAGE, 0.05, batch_size=8), Step(once, IMAGE, 0.05, batch_size=8)
+    with by("kernel rows, as on a GPU"):
+        captured._capture(x, y)
+        plain_step(x, y)
+    assert_same(net, once, 1e-13)
     assert captured.take_loss() == pytest.approx(plain_step.take_loss(), rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_only_whole_batches_are_captured_and_replayed(monkeypatch, optimizer):
+    """A run resumed at the short last batch of an epoch must not capture that size; an optimiser's step none at all."""
+
+    def batch(n):
+        x = MagicMock()
+        x.device.type, x.__len__.return_value = "cuda", n
+        return x, MagicMock()
+
+    done = []
+    net = network("CNN")
+    step = Step(net, IMAGE, 0.05, batch_size=8, optimizer=torch.optim.SGD(net.parameters(), 0.1) if optimizer else None)
+
+    def capture(x, y):
+        done.append(f"captured {len(x)}")
+        step.x, step.y, step.graph = MagicMock(), MagicMock(), MagicMock()
+        step.graph.replay = lambda: done.append("replayed")
+
+    monkeypatch.setattr(step, "_capture", capture)
+    monkeypatch.setattr(step, "_eager", lambda x, y: done.append(f"eager {len(x)}"))
+    for n in (5, 8, 8, 5):
+        step(*batch(n))
+    if optimizer:
+        assert done == ["eager 5", "eager 8", "eager 8", "eager 5"]
+    else:
+        assert done == ["eager 5", "captured 8", "replayed", "replayed", "eager 5"]
+
+
+def test_a_step_of_the_elcn_on_a_gpu_is_50_operations_that_move_less_than_800_megabytes():
+    calls = count_step(network("eLCN").float(), IMAGE, 250)
+    assert len(calls) <= 50
+    assert sum(read + written for _, read, written in calls) <= 800e6

@@ -1,0 +1,150 @@
+"""What lies between two solutions: losses, accuracies and norms along a path from one checkpoint to another.
+
+    python interpolate.py RUN/skinnyprime_9.pyT RUN/skinnyprime_lc_version_9/skinnyprime_lc_version_150.pyT
+
+Both are of runs on the same network and data; the simpler is lifted to the other's form, from CNN to eLCN to eFCN.
+Paths: linear, in the weights; curvilinear, with each tensor rescaled to a norm between those of its ends; average, of
+the outputs; string, of points that are trained at lc_lr and drawn to their neighbours. Source: arXiv:1906.06766.
+"""
+
+import copy
+import io
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from rnorm.cli import COMPLETE, Parser, Stop, check_signals, finish, note_signals, writing
+
+if __name__ == "__main__":
+    note_signals()  # torch takes seconds to import; a signal in that time must not be lost
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from convert import add_data_flags, open_data, open_device
+from models import load_network
+from rnorm.checkpoints import save
+from rnorm.conversions import layers_of, lift
+from rnorm.data import Data
+from rnorm.devices import set_precision
+from rnorm.fast import Step, streamline
+from rnorm.files import write_file
+from rnorm.measure import evaluate
+from rnorm.runs import Settings, read_config
+from train import epoch_order
+
+
+@torch.no_grad()
+def between(a: nn.Sequential, b: nn.Sequential, alpha: float, curvilinear: bool = False) -> nn.Sequential:
+    """The network with weights (1 - alpha) a + alpha b; `curvilinear`: each rescaled to (1 - alpha)|a| + alpha |b|."""
+    net = copy.deepcopy(a)
+    for weight, x, y in zip(net.parameters(), a.parameters(), b.parameters()):
+        weight.copy_((1 - alpha) * x + alpha * y)
+        if curvilinear and 0 < alpha < 1 and weight.norm() > 0:
+            weight.mul_(((1 - alpha) * x.norm() + alpha * y.norm()) / weight.norm())
+    return net
+
+
+class Average(nn.ModuleList):
+    """The outputs (1 - alpha) a(x) + alpha b(x) of two networks; `alpha` is set before use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 - self.alpha) * self[0](x) + self.alpha * self[1](x)
+
+
+def train_string(nets: list[nn.Sequential], data: Data, settings: Settings, epochs: int, stiffness: float) -> None:
+    """Each batch is a step of all but the ends; then their weights x move by stiffness (previous + next - 2 x)."""
+    steps = [Step(net.train(), data.image_shape, settings.lc_lr, settings.batch_size) for net in nets[1:-1]]
+    for epoch in range(epochs):
+        order = epoch_order(len(data.x_train), settings, epoch) if settings.shuffle else torch.arange(len(data.x_train))
+        for batch in tqdm(order.split(settings.batch_size), f"epoch {epoch + 1} of {epochs}", disable=None):
+            check_signals()
+            for step in steps:
+                step(data.x_train[batch], data.y_train[batch])
+            with torch.no_grad():
+                for weights in zip(*(net.parameters() for net in nets)):
+                    moves = [before + after - 2 * x for before, x, after in zip(weights, weights[1:], weights[2:])]
+                    for x, move in zip(weights[1:], moves):
+                        x.add_(move, alpha=stiffness)
+
+
+def evaluate_path(nets: Iterable[nn.Module], alphas: list[float], data: Data, average: Average | None) -> dict:
+    """A history with `alpha` in place of `checkpoints`; where outputs are averaged, norms are NaN between the ends."""
+    path = {}
+    for alpha, net in zip(tqdm(alphas, "evaluation", disable=None), nets):
+        if average:
+            average.alpha = alpha
+        for key, value in {"alpha": alpha, **evaluate(net, average or streamline(net, data.image_shape), data)}.items():
+            undefined = average and 0 < alpha < 1 and ("norm" in key or "untied" in key or key == "nonlocal")
+            path.setdefault(key, []).append(math.nan if undefined else value)
+    return path
+
+
+def figure_of(path: dict[str, list], ends: list[Path]) -> bytes:
+    """Loss and accuracy over alpha, as a PNG."""
+    figure, file = Figure((7.5, 3.4), layout="constrained"), io.BytesIO()
+    figure.suptitle("\n".join(f"{i}: {end.absolute().parent.name}/{end.stem}" for i, end in enumerate(ends)), size=7)
+    for axes, quantity, label in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss", "accuracy (%)")):
+        for part in ("train", "test"):
+            axes.plot(path["alpha"], path[f"{part}_{quantity}"], ".-", label=part)
+        axes.set(xlabel="alpha", ylabel=label)
+        axes.legend(frameon=False)
+    figure.savefig(file, dpi=200)
+    return file.getvalue()
+
+
+def configuration(files: list[Path]) -> tuple[Settings, dict]:
+    """Settings and config.json of the last file's run; raises Stop if the runs differ in network or data."""
+    if missing := [file for file in files if not file.is_file()]:
+        raise Stop(f"{missing[0]} is no file")
+    above = [file.absolute().parents[:2] for file in files]
+    runs = [read_config(next((d for d in two if (d / "config.json").is_file()), two[0])) for two in above]
+    a, b = (vars(settings) | config for settings, config in runs)
+    if other := [key for key in ("network", "data_size", "precision", "data_sha256") if a[key] != b[key]]:
+        raise Stop(f"{files[0]} and {files[1]} cannot be compared, as their runs differ in {', '.join(other)}")
+    return runs[1]
+
+
+def main(argv: list[str]) -> int:
+    """Interpolate as the command line `argv` says; returns the exit status."""
+    parser = Parser(__doc__)
+    parser.add_argument("files", type=Path, nargs=2, metavar="FILE.pyT", help="the ends, A and B")
+    parser.add_argument("--points", type=int, default=21, metavar="N", help="with the ends (default: 21)")
+    parser.add_argument("--method", choices=("linear", "curvilinear", "average", "string"), default="linear")
+    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="of a string's training (default: 10)")
+    parser.add_argument("--stiffness", type=float, default=0.1, metavar="K", help="of a string (default: 0.1)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where path.hist, path.csv, path.png go; beside B")
+    add_data_flags(parser)
+    args = parser.parse_args(argv)
+    for name, low, high in (("points", 2, 10**4), ("epochs", 0, 10**5), ("stiffness", 0, 0.5)):
+        if not low <= getattr(args, name) <= high:
+            raise Stop(f"--{name} {getattr(args, name)}: has to be between {low} and {high}")
+    settings, config = configuration(args.files)
+    device, out = open_device(args.device), args.out or args.files[1].parent
+    with writing(out, "name another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+    ends = [layers_of(load_network(file)).to(device, memory_format=torch.channels_last) for file in args.files]
+    data = open_data(config["dataset_file"] or settings.dataset, args.data_dir, settings, device)
+    if data.sha256 != config["data_sha256"]:
+        raise Stop(f"{settings.dataset} is not the data that {args.files[1]} was trained on")
+    set_precision(settings.precision)
+    a, b = lift(*ends, data.image_shape)
+    alphas, average = [i / (args.points - 1) for i in range(args.points)], None
+    nets = (between(a, b, alpha, args.method == "curvilinear") for alpha in alphas)
+    if args.method == "average":
+        nets, average = [*[a] * (args.points - 1), b], Average(streamline(net, data.image_shape) for net in (a, b))
+    elif args.method == "string":
+        train_string(nets := list(nets), data, settings, args.epochs, args.stiffness)
+    path = evaluate_path(nets, alphas, data, average)
+    table = "".join(",".join(map(str, row)) + "\n" for row in [path, *zip(*path.values())])
+    save(path, out / "path.hist")
+    write_file(out / "path.csv", table.encode())
+    write_file(out / "path.png", figure_of(path, args.files))
+    return COMPLETE
+
+
+if __name__ == "__main__":
+    finish(main, sys.argv, saves=False)

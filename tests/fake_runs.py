@@ -1,0 +1,44 @@
+"""Runs as training leaves them, but with made-up histories and no checkpoints."""
+
+import numpy as np
+
+from rnorm.checkpoints import save
+from rnorm.measure import KEYS
+from rnorm.runs import Member, Settings, note_network, write_config
+
+
+def history(own_epochs, split=0, seed=0, **changes):
+    """A history with made-up but regular values; the margins are negative at epoch 0 of the CNN."""
+    own = np.array(own_epochs, float)
+    values = {key: 1 + split + own / 10 + seed for key in KEYS}
+    values |= {"test_acc": 50 + own - abs(split - 2) + 2 * seed, "train_acc": 60 + own}
+    values |= {"untied": own * bool(split) / 100}
+    values |= {"margin": own + split - 0.5, "multiclass_margin": (own + split - 0.5) / 2, "log_prod_norm": 10 + own}
+    values |= {"untied_1": values["untied"], "norm": 100 + own}
+    with np.errstate(invalid="ignore"):
+        values["log_prod_norm_normalized"] = values["log_prod_norm"] - np.log(values["margin"])
+    values |= changes | {"checkpoints": own}
+    lists = {key: [float(v) for v in np.broadcast_to(value, len(own))] for key, value in values.items()}
+    return lists | {"checkpoints": [int(e) for e in own_epochs]}
+
+
+def make_run(directory, cnn_epochs=4, evaluations=9, conversions=("lc",), **settings):
+    """A run of 4 epochs with splits 1, 2 and 4, in progress if fewer epochs or evaluations are asked for."""
+    settings = Settings(**({"epochs": 4, "n_splits": 3} | settings))
+    run = directory / settings.run_name
+    run.mkdir(parents=True)
+    write_config(run, settings, "0", None, {})
+    put(run, Member(settings), cnn_epochs + 1)
+    for conversion in conversions:
+        for split in settings.split_epochs:
+            if split <= cnn_epochs:
+                put(run, Member(settings, conversion, split), evaluations)
+    return run
+
+
+def put(run, member, evaluations, diverged_at=None, **changes):
+    """Give a run the history of a network, as far as its first `evaluations`."""
+    member.directory(run).mkdir(exist_ok=True)
+    save(history(member.evaluations[:evaluations], member.split, member.settings.seed, **changes), member.history(run))
+    if diverged_at:
+        note_network(run, member, state="diverged", diverged_at=diverged_at)

@@ -1,0 +1,214 @@
+"""Paths between two solutions: their ends are the checkpoints, their middles are worked by hand."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import experiments
+import interpolate
+from conftest import make_arrays
+from interpolate import Average, between, train_string
+from rnorm import cli
+from rnorm.cli import Interrupted
+from rnorm.conversions import fully_connect, lift, untie
+from rnorm.data import Data
+from rnorm.measure import evaluate
+from rnorm.runs import Settings
+from small_study import small_cnn
+
+IMAGE = (3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the CNN, an eLCN, a partly untied network and an eFCN, for one epoch each."""
+    root = tmp_path_factory.mktemp("interpolate")
+    np.savez(root / "tiny.npz", **make_arrays())
+    flags = ["--network", "small", "--dataset", root / "tiny.npz", "--epochs", 1, "--splits", 0, "--batch_size", 20]
+    flags += ["--cnn_lr", 0.3, "--lc_lr", 0.2, "--device", "cpu", "--convert_to", "lc", "lc1", "fc"]
+    assert experiments.main([str(flag) for flag in [*flags, "--results_dir", root / "runs"]]) == 0
+    (run,) = (root / "runs").iterdir()
+    return run
+
+
+def file_of(run, conversion: str):
+    return run / (f"small_{conversion}_version_0/small_{conversion}_version_1.pyT" if conversion else "small_1.pyT")
+
+
+def interpolated(*arguments) -> int:
+    return interpolate.main([str(argument) for argument in (*arguments, "--device", "cpu")])
+
+
+@pytest.mark.parametrize("method", ["linear", "curvilinear", "average", "string"])
+def test_the_ends_of_a_path_are_what_the_runs_recorded(method, run, tmp_path):
+    flags = ["--method", method, "--points", 3, "--epochs", 1, "--out", tmp_path / "new" / "path"]
+    assert interpolated(file_of(run, ""), file_of(run, "lc"), *flags) == 0
+    path = torch.load(tmp_path / "new" / "path" / "path.hist", weights_only=True)
+    assert path["alpha"] == [0, 0.5, 1]
+    for i, history in ((0, run), (-1, run / "small_lc_version_0")):
+        recorded = torch.load(history / "evaluation-history.hist", weights_only=True)
+        assert set(path) == {"alpha"} | set(recorded) - {"checkpoints"}
+        for key in set(path) - {"alpha"}:
+            assert path[key][i] == pytest.approx(recorded[key][-1], rel=1e-5, abs=1e-6, nan_ok=True), key
+    assert math.isnan(path["norm"][1]) == (method == "average")
+    with open(tmp_path / "new" / "path" / "path.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all([float(row[key]) for row in rows] == pytest.approx(path[key], nan_ok=True) for key in path)
+    assert (tmp_path / "new" / "path" / "path.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def linear(*weights: float) -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(len(weights), 1, bias=False))
+    nn.init.zeros_(net[0].weight).data += torch.tensor(weights)
+    return net
+
+
+def test_the_middle_of_each_path_worked_by_hand():
+    a, b = linear(2, 0), linear(0, 4)
+    assert between(a, b, 0.5)[0].weight.tolist() == [[1, 2]]
+    assert between(a, b, 0.25)[0].weight.tolist() == [[1.5, 1]]
+    expected = [[3 / math.sqrt(5), 6 / math.sqrt(5)]]  # along (1, 2), with norm (2 + 4) / 2
+    torch.testing.assert_close(between(a, b, 0.5, curvilinear=True)[0].weight.detach(), torch.tensor(expected))
+    for alpha, end in ((0, a), (1, b)):
+        for curvilinear in (False, True):
+            assert torch.equal(between(a, b, alpha, curvilinear)[0].weight, end[0].weight)
+    opposite = between(a, linear(-2, 0), 0.5, curvilinear=True)  # zero has no direction
+    assert opposite[0].weight.tolist() == [[0, 0]]
+
+
+def test_an_average_is_one_of_outputs():
+    """relu(x) and relu(-x) average to |x| / 2; the network between their weights is 0."""
+    a, b = nn.Sequential(*linear(1.0), nn.ReLU()), nn.Sequential(*linear(-1.0), nn.ReLU())
+    average = Average([a, b])
+    average.alpha = 0.5
+    x = torch.tensor([[-4.0], [6.0]])
+    assert average(x).tolist() == [[2], [3]]
+    assert between(a, b, 0.5)(x).tolist() == [[0], [0]]
+
+
+class NoStep:
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, *_):
+        pass
+
+
+def some_data() -> Data:
+    torch.manual_seed(0)
+    x, y = torch.randn(4, *IMAGE), torch.arange(4) % 3
+    return Data(x, y, x, y, 3, "")
+
+
+def test_the_points_of_a_string_move_to_their_neighbours_at_once_worked_by_hand(monkeypatch):
+    monkeypatch.setattr(interpolate, "Step", NoStep)
+    nets = [linear(weight) for weight in (0.0, 8.0, 0.0, 4.0)]
+    train_string(nets, some_data(), Settings(batch_size=4), epochs=1, stiffness=0.25)
+    assert [net[0].weight.item() for net in nets] == [0, 4, 3, 4]  # 8 + (0 + 0 - 16) / 4, and 0 + (8 + 4 - 0) / 4
+    train_string(nets, some_data(), Settings(batch_size=4), epochs=1, stiffness=0.25)
+    assert [net[0].weight.item() for net in nets] == [0, 2.75, 3.5, 4]
+
+
+def test_a_string_takes_sgd_steps_between_fixed_ends():
+    torch.manual_seed(0)
+    data, nets = some_data(), [small_cnn(3).net for _ in range(3)]
+    before = [[p.clone() for p in net.parameters()] for net in nets]
+    loss = nn.functional.cross_entropy(nets[1](data.x_train), data.y_train)
+    gradients = torch.autograd.grad(loss, nets[1].parameters())
+    train_string(nets, data, Settings(batch_size=4, lc_lr=0.1), epochs=1, stiffness=0.0)
+    for end in (0, 2):
+        assert all(torch.equal(p, old) for p, old in zip(nets[end].parameters(), before[end]))
+    for p, old, gradient in zip(nets[1].parameters(), before[1], gradients):
+        torch.testing.assert_close(p.detach(), (old - 0.1 * gradient).detach())
+
+
+@pytest.mark.parametrize("pair", [("", ""), ("", "lc1"), ("lc1", "lc"), ("lc", "fc"), ("", "fc"), ("fc", "fc")])
+def test_the_simpler_network_is_lifted_to_the_others_form(pair):
+    torch.manual_seed(0)
+    forms = {"": lambda net: net, "lc1": lambda net: untie(net, IMAGE, {1}), "lc": lambda net: untie(net, IMAGE),
+             "fc": lambda net: fully_connect(net, IMAGE)}  # fmt: skip
+    data, nets = some_data(), [forms[name](small_cnn(3).net) for name in pair]
+    for ends in (nets, nets[::-1]):
+        lifted = lift(*ends, IMAGE)
+        shapes = [[(name, p.shape) for name, p in net.state_dict().items()] for net in lifted]
+        assert shapes[0] == shapes[1] == [(name, p.shape) for name, p in nets[1].state_dict().items()]
+        for net, end in zip(lifted, ends):
+            values, expected = evaluate(net, net, data), evaluate(end, end, data)
+            for key in set(values) & set(expected):
+                assert values[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5, nan_ok=True), key
+
+
+def test_a_path_leads_from_any_network_of_a_run_to_any_other_and_lies_beside_it(run):
+    assert interpolated(file_of(run, "fc"), file_of(run, "lc1"), "--points", 2) == 0
+    assert "nonlocal" in torch.load(file_of(run, "lc1").parent / "path.hist", weights_only=True)
+
+
+def copy_of(run, to, **changes):
+    """A run's CNN in a run whose config.json differs."""
+    to.mkdir()
+    (to / "small_1.pyT").write_bytes(file_of(run, "").read_bytes())
+    config = json.loads((run / "config.json").read_text())
+    del config["crc32"]
+    config["settings"] |= {key: value for key, value in changes.items() if key in config["settings"]}
+    config |= {key: value for key, value in changes.items() if key not in config["settings"]}
+    (to / "config.json").write_text(json.dumps(config))
+    return to / "small_1.pyT"
+
+
+def ends_with(said: str, arguments, capsys, status: int = cli.BAD_INPUT):
+    with pytest.raises(SystemExit) as ended:
+        cli.finish(interpolate.main, ["interpolate.py", *map(str, arguments), "--device", "cpu"], saves=False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == status and said in line
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--points", 1], "--points 1: has to be between 2"),
+        (["--points", "few"], "--points"),
+        (["--method", "bezier"], "--method"),
+        (["--epochs", -1], "--epochs -1"),
+        (["--stiffness", 0.6], "--stiffness 0.6: has to be between 0 and 0.5"),
+        (["--stiffness", "nan"], "--stiffness"),
+        (["--out", "/dev/null/there"], "name another --out"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(flags, said, run, capsys):
+    ends_with(said, [file_of(run, ""), file_of(run, "lc"), *flags], capsys)
+
+
+def test_ends_that_cannot_be_compared_are_refused_in_one_line(run, tmp_path, capsys):
+    good = file_of(run, "")
+    ends_with("there.pyT is no file", [good, tmp_path / "there.pyT"], capsys)
+    ends_with("config.json is damaged", [good, run / "config.json"], capsys)
+    ends_with("differ in data_sha256", [good, copy_of(run, tmp_path / "data", data_sha256="0")], capsys)
+    ends_with("differ in network", [good, copy_of(run, tmp_path / "network", network="skinnyprime")], capsys)
+    ends_with("differ in data_size", [copy_of(run, tmp_path / "size", data_size=30), good], capsys)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "small_1.pyT").write_bytes(good.read_bytes())
+    ends_with("config.json is missing", [alone / "small_1.pyT", good], capsys)
+    other = tmp_path / "tiny.npz"
+    np.savez(other, **make_arrays(seed=1))
+    changed = copy_of(run, tmp_path / "changed", dataset_file=str(other))
+    ends_with("is not the data", [good, changed], capsys)
+
+
+def test_an_interrupted_string_ends_cleanly(run, tmp_path, monkeypatch, capsys):
+    def stop():
+        cli._received.append(next(iter(cli.SIGNALS)))
+        raise Interrupted
+
+    monkeypatch.setattr(interpolate, "check_signals", stop)
+    flags = ["--method", "string", "--points", 3, "--out", tmp_path]
+    try:
+        ends_with("nothing was written", [file_of(run, ""), file_of(run, "lc"), *flags], capsys, status=130)
+    finally:
+        cli._received.clear()
+    assert list(tmp_path.iterdir()) == []
