@@ -134,7 +134,7 @@ def test_an_npz_that_is_none(call, content):
     assert status == 2 and "bad.npz" in line and no_run_made()
 
 
-@pytest.mark.parametrize("dataset", ["cifar100", "missing.npz", "", ".", "a\nb.npz", "\udcff.npz", f"{'x' * 300}.npz"])
+@pytest.mark.parametrize("dataset", ["cifar1000", "missing.npz", "", ".", "a\nb.npz", "\udcff.npz", f"{'x' * 300}.npz"])
 @pytest.mark.parametrize("exec", [0, 1])
 def test_a_dataset_that_does_not_exist(call, dataset, exec):
     status, line = call("experiments.py", "--dataset", dataset, "--exec", exec)
