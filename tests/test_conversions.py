@@ -45,7 +45,7 @@ def test_only_the_named_convolutions_are_untied():
 @pytest.mark.parametrize(
     "name, cause",
     [
-        ("fcn", "no such conversion; there are lc, tied, cnn"), ("", "no such conversion"), ("LC", "no such"),
+        ("fcn", "no such conversion; there are lc, fc, tied, cnn"), ("", "no such conversion"), ("LC", "no such"),
         ("lc2", "layer 2 is no convolution; those are 1 5"), ("lc1+99", "layer 99 is no convolution"),
         ("lc-1", "no such conversion"), ("lc1+", "no such conversion"), ("lc5+1", r"to be written lc1\+5$"),
         ("lc01", "to be written lc1"), ("lc1+1", "to be written lc1"), ("lc١", "to be written lc1"),
