@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from compare_runs import differences
 from rnorm import cli
 from rnorm.cli import Interrupted
 from rnorm.conversions import find_conversion, fully_connect, layers_of, untie
-from rnorm.data import Data
+from rnorm.data import Data, load_data
 from rnorm.layers import LocallyConnected2d
 from rnorm.measure import evaluate, norms
 from rnorm.runs import Settings
@@ -292,3 +293,16 @@ def test_names_of_runs_end_with_the_later_settings():
     name = Settings(network="alexnetprime", dataset="cifar100", precision="float64", momentum=0.9, weight_decay=5e-4)
     expected = "-network=alexnetprime-dataset=cifar100-precision=float64-momentum=0.9-weight_decay=0.0005"
     assert name.run_name == "epochs=150-n_splits=20-cnn_lr=0.05-lc_lr=0.01" + expected
+
+
+def test_cifar100_is_normalised_with_its_own_constants(tmp_path, monkeypatch):
+    class Fake:
+        def __init__(self, directory, train):
+            self.data = np.full((100, 32, 32, 3), 51, np.uint8)
+            self.targets = list(range(100))
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", Fake)
+    data = load_data("cifar100", tmp_path, 0, torch.device("cpu"))
+    assert data.num_classes == 100
+    expected = [(0.2 - 0.49137) / 0.24706, (0.2 - 0.48235) / 0.24353, (0.2 - 0.44667) / 0.26157]
+    assert data.x_test[7, :, 3, 5].tolist() == pytest.approx(expected, rel=1e-5)
