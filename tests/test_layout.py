@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 ORDER = ("files", "cli", "devices", "layers", "fast", "conversions", "data", "runs", "flags", "measure", "checkpoints",
-         "results", "plot")  # fmt: skip
+         "results", "grid")  # fmt: skip
 """The modules of the package: each imports only those before it."""
 
 

@@ -146,10 +146,10 @@ def test_a_file_called_like_cifar10_is_another_run(tmp_path, npz):
     assert run_name == "epochs=1-n_splits=20-cnn_lr=0.05-lc_lr=0.01-network=small-dataset=cifar10.npz-batch_size=25"
 
 
-def test_a_run_does_not_load_torchs_compiler(tmp_path, npz):
-    """It takes seconds, in every process."""
+def test_a_plan_does_not_load_torchs_compiler(tmp_path, npz):
+    """It takes seconds."""
     code = "import sys, small_study; small_study.run(*sys.argv[1:]); sys.exit('sympy' in sys.modules)"
-    flags = ("--epochs", 1, "--n_splits", 1, "--dataset", npz, "--results_dir", tmp_path, "--convert_to", "lc", "tied")
+    flags = ("--exec", 0, "--dataset", npz, "--results_dir", tmp_path, "--convert_to", "lc", "tied")
     argv = [sys.executable, "-c", code, "experiments.py", *map(str, flags)]
     assert subprocess.run(argv, cwd=Path(__file__).parent).returncode == 0
 
