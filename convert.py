@@ -11,7 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from rnorm.cli import COMPLETE, DIVERGED, Parser, Stop, check_signals, finish, note_signals, stopping_at_once
+from rnorm.cli import (
+    COMPLETE, DIVERGED, ENVIRONMENT, Parser, Stop, check_signals, finish, note_signals, stopping_at_once,
+)  # fmt: skip
 
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
@@ -148,7 +150,7 @@ def open_device(name: str) -> torch.device:
     try:
         return pick_device(name)
     except DeviceError as error:
-        raise Stop(f"--device {name}: {error}; or use --device cpu") from None
+        raise Stop(f"--device {name}: {error}; or use --device cpu", ENVIRONMENT) from None
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:

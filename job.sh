@@ -108,7 +108,7 @@ while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal cu
 status=0
 wait "$child" || status=$?
 
-if ((status == 75)) && [ -n "$spooled" ] && [ "$signal" != TERM ]; then # 75: stopped by USR1 and saved, see rnorm/cli.py
+if ((status == 75)) && [ -n "$spooled" ] && [ "$signal" != TERM ]; then # 75: stopped by USR1 and saved (rnorm/cli.py)
   if [ "$(progress)" != "$before" ]; then
     echo "job.sh: requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"

@@ -35,7 +35,7 @@ done
 
 queue='' # per line a job's number and the path of its run
 [ $where = here ] || queue=$(squeue --noheader --user="$(id -un)" --format='%F %k') || {
-  [ -n "$dry_run" ] || die "no answer from Slurm; try where there is one, or --local to run everything on this machine" 1
+  [ -n "$dry_run" ] || die "no answer from Slurm; go where there is one, or use --local to run everything here" 1
   echo "run_all.sh: no answer from Slurm; this is the plan if nothing is queued" >&2
 }
 

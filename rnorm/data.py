@@ -126,7 +126,7 @@ def npz(data_dir: Path, dataset: str) -> dict[str, np.ndarray]:
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or not len(x):
             raise RnormError(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N > 0")
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            raise RnormError(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be {len(x)} integers")
+            raise RnormError(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be integers ({len(x)},)")
     classes = np.unique(arrays["y_train"])
     if len(classes) < 3 or classes[0] != 0 or classes[-1] != len(classes) - 1:
         raise RnormError(f"{path}: y_train has to hold the labels 0, 1, ..., c-1, each of them, and c at least 3")

@@ -23,11 +23,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from small_study import SCRIPTS, run, small_cnn
 
-import runs
-from checkpoints import Damaged, Track, load, load_history, load_weights
-from data import ARRAYS, load_data
-from cli import Interrupt, Stop, finish
-from runs import Settings, read_status
+from models import load_network
+from rnorm.checkpoints import Track, check_history, load, load_weights
+from rnorm.cli import finish
+from rnorm.conversions import find_conversion
+from rnorm.data import ARRAYS, load_data
+from rnorm.files import Damaged, RnormError
+from rnorm.runs import Member, Settings, note_network, read_config, read_status
 
 CASES = int(os.environ.get("FUZZ_CASES", 300))
 fuzz = settings(
@@ -56,20 +58,12 @@ def good(place):
     return next(Path("good").iterdir())
 
 
-class NoSignals(Interrupt):
-    """Leaves the signals to pytest, so that Ctrl-C ends the fuzzing."""
-
-    def __init__(self):
-        self.signum, self._at_once = None, False
-
-
 def called(script: str, argv: list[str]) -> tuple[int, str, str]:
     """A script called as a process would be: (exit status, stdout, stderr); anything but an exit is raised."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    main = SCRIPTS[script]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            finish(lambda argv, interrupt: main(argv, interrupt, small_cnn), [script, *argv], NoSignals())
+            finish(SCRIPTS[script], [script, *argv])
         except SystemExit as exit:
             status = exit.code
     return status, *(stream.buffer.getvalue().decode() for stream in (out, err) if not stream.flush())
@@ -81,7 +75,10 @@ def half_written(directory: Path) -> list[Path]:
 
 # Command lines. For every flag, values that make sense and values that do not.
 
-GOOD_WORDS = {"auto", "cpu", "cuda", "all", "last", "float32", "tf32", "cifar10", "synthetic", "tiny.npz", "tiny"}
+GOOD_WORDS = {
+    "auto", "cpu", "cuda", "all", "last", "float32", "tf32", "cifar10", "synthetic", "tiny.npz", "tiny", "small",
+    "skinnyprime", "lc", "tied", "cnn", "lc1", "lc5", "lc1+5",
+}  # fmt: skip
 WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=[]), max_size=8)
 WORDS = WORDS.filter(lambda word: word not in GOOD_WORDS)  # hypothesis reads the source for words to try
 NO_NUMBERS = st.sampled_from(["", "x", "1e", "--", "0x10", "1,5", "\udcff", "9" * 5000, "١x", "None", "1 2"])
@@ -108,6 +105,8 @@ FLAGS = {
     "--seed": integers(0, 2**32 - 1, 2**32 - 1),
     "--splits": (st.sampled_from(["0", "1", "0 1", "1 1 0"]), st.sampled_from(["-1", "3", "1 99999", "x", ""])),
     "--device": (st.sampled_from(["auto", "cpu"]), WORDS),
+    "--network": (st.just("small"), WORDS),
+    "--convert_to": (st.sampled_from(["lc", "lc5 tied", "cnn"]), st.sampled_from(["lc tide", "lc2", "lc5+1", ""])),
     "--keep": (st.sampled_from(["all", "last"]), WORDS),
     "--precision": (st.just("float32"), WORDS),
     "--exec": (st.just("0"), st.sampled_from(["2", "-1", "", "x"])),
@@ -128,7 +127,7 @@ SPELLINGS = {"--lc_lr": ["--lc_lr", "--lcn_lr"]}
 @st.composite
 def command_lines(draw) -> tuple[list[str], bool]:
     """A command line of experiments.py, and whether it makes sense."""
-    argv, sense = ["--dataset", "tiny.npz", "--epochs", "2", "--results_dir", "out"], True
+    argv, sense = ["--dataset", "tiny.npz", "--epochs", "2", "--results_dir", "out", "--network", "small"], True
     for flag in draw(st.lists(st.sampled_from(sorted(FLAGS)), unique=True, max_size=5)):
         nonsense = draw(st.integers(0, 3)) == 0
         value = draw(FLAGS[flag][nonsense])
@@ -136,7 +135,7 @@ def command_lines(draw) -> tuple[list[str], bool]:
         sense &= not nonsense
         if value is None:
             argv.append(flag)
-        elif flag == "--splits":
+        elif flag in ("--splits", "--convert_to"):
             argv += [flag, *value.split()]
         else:
             argv.append(f"{draw(st.sampled_from(SPELLINGS.get(flag, [flag])))}={value}")
@@ -237,11 +236,12 @@ def hostile_files(draw, contents: list[bytes], state: dict) -> bytes:
 
 
 def test_checkpoint_and_history_readers(place, good):
-    path, state = Path("hostile.pyT"), load(good / "skinnyprime_1.pyT")
+    path, state = Path("small_1.pyT"), load(good / "small_1.pyT")
+    member = Member(read_config(good)[0])
     right = small_cnn(3)
     load_weights(right, state)
     contents = [
-        (good / "skinnyprime_1.pyT").read_bytes(), (good / "evaluation-history.hist").read_bytes(), saved(state, False),
+        (good / "small_1.pyT").read_bytes(), (good / "evaluation-history.hist").read_bytes(), saved(state, False),
     ]  # fmt: skip
 
     @fuzz
@@ -249,7 +249,7 @@ def test_checkpoint_and_history_readers(place, good):
     def read(content):
         path.write_bytes(content)
         with contextlib.suppress(Damaged):
-            history = load_history(path)
+            history = check_history(load(path), member)
             assert all(len(values) == len(history["checkpoints"]) for values in history.values())
         net = small_cnn(3)
         before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -258,14 +258,16 @@ def test_checkpoint_and_history_readers(place, good):
         except Damaged as damage:
             assert "\n" not in str(damage)
             assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+        with contextlib.suppress(RnormError):
+            assert load_network(path)(torch.zeros(1, 3, 32, 32)).shape[0] == 1
 
     read()
 
 
 def test_resuming_from_hostile_files(place, good):
     """What is taken over is a state that this network could have been in; everything else is set aside."""
-    names = ["skinnyprime_0.pyT", "skinnyprime_1.pyT", "evaluation-history.hist", "latest.pyT"]
-    state = load(good / "skinnyprime_1.pyT")
+    names = ["small_0.pyT", "small_1.pyT", "evaluation-history.hist", "latest.pyT"]
+    state, member = load(good / "small_1.pyT"), Member(read_config(good)[0])
     contents = [(good / name).read_bytes() for name in names[:3]]
     directory = Path("resume")
 
@@ -274,17 +276,28 @@ def test_resuming_from_hostile_files(place, good):
     def resume(name, content):
         shutil.copytree(good, directory)
         (directory / name).write_bytes(content)
-        track = Track(directory, None, small_cnn(3), 0.05, 1, [0, 1])
+        track = Track(directory, member, small_cnn(3), [0.05] * 6)
         with contextlib.redirect_stderr(io.StringIO()):
             track.restore()
         assert (track.epoch, track.step) in ((0, 0), (1, 0)) or name == "latest.pyT"
         if track.history:
-            assert load_history(directory / "evaluation-history.hist")
+            assert check_history(load(directory / "evaluation-history.hist"), member)
             assert track.history["checkpoints"] in ([0], [0, 1])
         assert not half_written(directory)
         shutil.rmtree(directory)
 
     resume()
+
+
+@fuzz
+@given(name=st.one_of(WORDS, st.from_regex(r"lc[0-9+]{0,6}", fullmatch=True)))
+def test_names_of_conversions(name):
+    """One that is taken is a directory's name, and the only one of what it does."""
+    try:
+        find_conversion(name).convert(small_cnn(3), (3, 32, 32))
+    except ValueError:
+        return
+    assert name in ("lc", "lc1", "lc5", "lc1+5", "tied", "cnn")
 
 
 SHAPES = [(), (0,), (3,), (6,), (6, 1), (6, 32, 32, 3), (3, 32, 32, 3), (1, 32, 32)]
@@ -326,8 +339,8 @@ def test_npz_reader(place):
         path.write_bytes(content)
         try:
             data = load_data(str(path), Path(), size, torch.device("cpu"))
-        except Stop as stop:
-            assert stop.status == 2 and "\n" not in str(stop)
+        except RnormError as error:
+            assert "\n" not in str(error)
             return
         for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
             assert x.shape == (len(y), 3, 32, 32) and len(y) and bool(torch.isfinite(x).all())
@@ -370,12 +383,12 @@ def test_config_and_status_readers(place, good):
         (directory / "config.json").write_bytes(config)
         (directory / "status.json").write_bytes(status)
         try:
-            settings, rest = Settings.of_run(directory)
+            settings, rest = read_config(directory)
             assert settings.split_epochs and settings.run_name and isinstance(rest, dict)
-        except Stop as stop:
-            assert stop.status == 2
+        except RnormError as error:
+            assert "\n" not in str(error)
         with contextlib.redirect_stderr(io.StringIO()):
-            runs.network_status(directory, None, state="training")
+            note_network(directory, Member(Settings()), state="training")
         assert read_status(directory)["networks"]["CNN"]["state"] == "training"
         assert not half_written(directory)
         called_status, _, err = called("convert.py", [str(directory), "--split", "1"])
@@ -386,7 +399,7 @@ def test_config_and_status_readers(place, good):
 
 def test_a_checkpoint_with_a_false_size_is_damaged(place, good):
     """Sizes in a zip's directory are not covered by its checksums."""
-    content = bytearray((good / "skinnyprime_1.pyT").read_bytes())
+    content = bytearray((good / "small_1.pyT").read_bytes())
     at = content.find(b"PK\x01\x02")
     while at >= 0:
         size = struct.unpack_from("<I", content, at + 24)[0]

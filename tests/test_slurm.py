@@ -375,10 +375,10 @@ def test_split_jobs_end_bit_identical(slurm, clone, undisturbed):
 
 
 def test_split_jobs_are_cancelled_when_the_cnn_fails(slurm, clone):
-    run = clone / "taken" / name(1, 1, 2, 1)
+    run = clone / "taken" / name(0.5, 0.5, 2, 1)
     run.mkdir(parents=True)
     (run / "notes.txt").touch()  # so it is no run, which only the job finds out
-    words = ("--cnn_lr", 1, "--lc_lr", 1, "--epochs", 2, "--n_splits", 1, "--split-jobs", "--", *FLAGS, *CPU)
+    words = ("--cnn_lr", 0.5, "--lc_lr", 0.5, "--epochs", 2, "--n_splits", 1, "--split-jobs", "--", *FLAGS, *CPU)
     cnn, array, plot = job_numbers(run_all(clone, *words, "--results_dir", "taken"))
     ended(plot)
     assert job(cnn)["ExitCode"] == f"{cli.BAD_INPUT}:0" and job(array)["JobState"] == "CANCELLED"
