@@ -166,7 +166,7 @@ class Step:
             for layer in self.untied:
                 layer.fused_step = None
         self.net.zero_grad()
-        # To name the gradient of the loss spares a GPU a kernel, but has torch import its compiler, which takes seconds.
+        # An explicit gradient spares a GPU a kernel, but makes torch import its compiler, which takes seconds.
         loss.backward(None if layers.on_cpu(x) else self.one)
         if self.optimizer is None:
             self._descend()
