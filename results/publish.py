@@ -3,7 +3,7 @@
     python results/publish.py RUN ...
 
 Takes every history, config.json without the path of the data, status.json without hosts and commands, and of the
-checkpoints only the CNN's at its split epochs, 0.6 MB each: from them convert.py trains on in a copy of the run.
+checkpoints only the CNN's at its split epochs and its last, 0.6 MB each, from which a copy of the run can go on.
 """
 
 import argparse
@@ -24,16 +24,18 @@ def publish(run: Path) -> None:
     settings, config = read_config(run)
     target = PUBLISHED / run.name
     shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    environment = {key: config[key] for key in config if key not in ("settings", "data_sha256", "dataset_file")}
+    write_config(target, settings, config["data_sha256"], None, environment)
     cnn = Member(settings)
     for member in [cnn, *converted_members(run, settings)]:
         if member.history(run).exists():
             member.directory(target).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(member.history(run), member.history(target))
-    for split in settings.split_epochs:
-        if cnn.checkpoint(run, split).exists():
-            shutil.copyfile(cnn.checkpoint(run, split), cnn.checkpoint(target, split))
-    environment = {key: config[key] for key in config if key not in ("settings", "data_sha256", "dataset_file")}
-    write_config(target, settings, config["data_sha256"], None, environment)
+    there = [epoch for epoch in cnn.evaluations if cnn.checkpoint(run, epoch).exists()]
+    for epoch in there:
+        if epoch in settings.split_epochs or epoch == there[-1]:
+            shutil.copyfile(cnn.checkpoint(run, epoch), cnn.checkpoint(target, epoch))
     status = {"networks": read_status(run)["networks"], "sessions": []}
     write_file(target / "status.json", (json.dumps(status, indent=1) + "\n").encode())
     print(target)

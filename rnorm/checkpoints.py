@@ -218,7 +218,7 @@ class Track:
         A network whose history is complete stays complete, whichever of its checkpoints are missing.
         """
         recorded = self._read_history()
-        self._take_newest(self.member.epochs)
+        self.restore_before(self.member.epochs)
         state = self._read(self.latest)
         if state and (state["epoch"], state["step"]) > (self.epoch, self.step):
             self._take(state)
@@ -238,12 +238,9 @@ class Track:
 
     def restore_before(self, epoch: int) -> None:
         """Continue from the newest good checkpoint at or before `epoch`; the start, if there is none."""
-        self._take_newest(epoch)
-
-    def _take_newest(self, last: int) -> None:
         torch.manual_seed(self.member.settings.seed)  # of dropout, whatever this process did before
-        for epoch in reversed(self.member.evaluations):
-            if epoch <= last and (state := self._read(self.path(epoch))):
+        for evaluated in reversed(self.member.evaluations):
+            if evaluated <= epoch and (state := self._read(self.path(evaluated))):
                 self._take(state)
                 return
 
