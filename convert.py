@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from models import IMAGE_SHAPE, make_network
-from rnorm.checkpoints import Track, load_weights
+from rnorm.checkpoints import Track, load_weights, save
 from rnorm.conversions import CONVERSIONS, find_conversion, layers_of
 from rnorm.data import Data, NoData, load_data
 from rnorm.devices import DeviceError, pick_device, set_precision
@@ -66,7 +66,7 @@ def remake(track: Track, epoch: int, session: Session) -> None:
     while track.epoch < epoch:
         train_epoch(track, step, session)
         track.append(evaluate(track.net, step.net, session.data))
-    track.write(track.path(epoch))
+    save(track.state(), track.path(epoch))
 
 
 def convert_and_train(session: Session, member: Member) -> bool:

@@ -93,6 +93,7 @@ def train(track: Track, session: Session) -> bool:
         raise Stop(message, ENVIRONMENT) from None
     finally:
         progress.close()
+        track.writer.wait()
     seconds = progress.total_seconds
     if finite:
         note_network(track.run, member, state="complete", epoch=track.epoch, seconds=seconds)
@@ -137,7 +138,7 @@ def evaluate_and_record(track: Track, step: Step, session: Session, progress: "P
     values = evaluate(track.net, step.net, session.data)
     if not math.isfinite(values["train_loss"] + values["test_loss"]):
         return False
-    track.record(values)
+    track.record(values, progress.total_seconds)
     progress.recorded(values)
     return True
 
@@ -178,7 +179,6 @@ class Progress:
     def recorded(self, values: dict[str, float]) -> None:
         track, member = self.track, self.track.member
         self.last_save = time.monotonic()
-        note_network(track.run, member, state="training", epoch=track.epoch, seconds=self.total_seconds)
         text = f"epoch {track.epoch}/{member.epochs}, loss {values['train_loss']:.3f}, test {values['test_acc']:.2f} %"
         text += self._time_left()
         if self.bar.disable:

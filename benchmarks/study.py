@@ -128,10 +128,10 @@ def overhead(args: argparse.Namespace) -> None:
         model = model if name == "CNN" else untie(model.net, (3, 32, 32))
         s: dict[str, float] = {}
         with (timed(train.Step, "__call__", s, device), timed(train, "evaluate", s, device),
-              timed(Track, "write", s, device), timed(train, "train", s, device)):  # fmt: skip
+              timed(Track, "record", s, device), timed(train, "train", s, device)):  # fmt: skip
             train_as_the_study_does(name, model, args, data, device)
         total, steps, evaluations = s["train"], s["__call__"], s["evaluate"]
-        print(f"| {name} | {i + 1} | {total:.2f} | {steps:.2f} | {evaluations:.2f} | {s['write']:.2f} | "
+        print(f"| {name} | {i + 1} | {total:.2f} | {steps:.2f} | {evaluations:.2f} | {s['record']:.2f} | "
               f"{total / (steps + evaluations):.3f} |", flush=True)  # fmt: skip
 
 

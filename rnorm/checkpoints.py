@@ -4,6 +4,8 @@ import io
 import sys
 import warnings
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from rnorm.conversions import layers_of
 from rnorm.files import Damaged, set_aside, write_file
 from rnorm.measure import KEYS
-from rnorm.runs import Member, diverged_at
+from rnorm.runs import Member, diverged_at, note_network
 
 
 def save(content: dict, path: Path) -> None:
@@ -88,6 +90,10 @@ def check_history(history: object, member: Member) -> dict[str, list]:
     return history
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
 def sgd_state(rates: list[float]) -> dict:
     """The state dict of `torch.optim.SGD` with a learning rate for each parameter.
 
@@ -104,11 +110,31 @@ def by_rate(rates: list[float]) -> dict[float, list[int]]:
     return {lr: [i for i, rate in enumerate(rates) if rate == lr] for lr in dict.fromkeys(rates)}
 
 
+class Writer:
+    """A thread that writes while training goes on; one thing after another."""
+
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Have `write` called, after waiting for what was started before."""
+        self.wait()
+        self.pending = self.thread.submit(write)
+
+    def wait(self) -> None:
+        """Wait until what was started is done; if it failed, raise its error, once."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
 @dataclass
 class Track:
     """One network's training, as far as it has come, and its files.
 
-    Every checkpoint holds the history up to itself, so any one of them is enough to continue from.
+    Every checkpoint holds the history up to itself, so any one of them is enough to continue from. `record` and
+    `save_latest` return when the state has been copied, and `writer` writes the copy; `writer.wait()` waits for it.
     """
 
     run: Path
@@ -121,6 +147,7 @@ class Track:
     history: dict[str, list] = field(default_factory=dict)
     on_disk: tuple[int, int] = (0, 0)  # the epoch and step of the last state that was written or read
     optimizer: torch.optim.Optimizer | None = field(default=None, init=False)  # with momentum or weight decay
+    writer: Writer = field(default_factory=Writer, init=False)
 
     def __post_init__(self):
         settings, parameters = self.member.settings, list(self.model.parameters())
@@ -166,29 +193,30 @@ class Track:
     def latest(self) -> Path:
         return self.member.latest(self.run)
 
-    def write(self, path: Path) -> None:
-        """Write the whole state. Tensors are written as the CPU's: what is on disk does not depend on the device."""
+    def state(self) -> dict:
+        """A copy of the whole state. Its tensors are the CPU's: what is on disk does not depend on the device."""
+        optimizer = sgd_state(self.rates) if self.optimizer is None else dict(self.optimizer.state_dict())
+        buffers = {i: values["momentum_buffer"] for i, values in optimizer["state"].items()}
+        optimizer["state"] = {i: {"momentum_buffer": _copy(buffer)} for i, buffer in buffers.items()}
         weights = self.model.state_dict()
         for name, tensor in weights.items():
-            weights[name] = tensor.cpu()
+            weights[name] = _copy(tensor)
         state = {
             "weights": weights,
-            "optimizer": sgd_state(self.rates) if self.optimizer is None else dict(self.optimizer.state_dict()),
+            "optimizer": optimizer,
             "epoch": self.epoch,
             "step": self.step,
             "history": self.history,
         }
-        buffers = {i: values["momentum_buffer"].cpu() for i, values in state["optimizer"]["state"].items()}
-        state["optimizer"]["state"] = {i: {"momentum_buffer": buffer} for i, buffer in buffers.items()}
         if self.random:
             state["random"] = self.random.get_state()
-        save(state, path)
-        self.on_disk = (self.epoch, self.step)
+        return state
 
     def save_latest(self) -> None:
         """Save the unfinished network, unless it is on disk as it stands or has not been evaluated yet."""
         if self.history and self.on_disk != (self.epoch, self.step):
-            self.write(self.latest)
+            state, self.on_disk = self.state(), (self.epoch, self.step)
+            self.writer.start(lambda: save(state, self.latest))
 
     def discard_latest(self) -> None:
         self.latest.unlink(missing_ok=True)
@@ -198,12 +226,22 @@ class Track:
         values = {"checkpoints": self.epoch, **values}
         self.history = {key: [*self.history.get(key, []), value] for key, value in values.items()}
 
-    def record(self, values: dict[str, float]) -> None:
-        """Append an evaluation and write checkpoint and history; delete what is no longer needed."""
+    def record(self, values: dict[str, float], seconds: float = 0.0) -> None:
+        """Append an evaluation; write checkpoint, history and status, and delete what is no longer needed.
+
+        `seconds` is the time spent on the network so far.
+        """
+        self.writer.wait()  # `_tidy` goes by the history
         self.append(values)
-        self.write(self.path(self.epoch))
-        save(self.history, self.member.history(self.run))
-        self._tidy()
+        state, self.on_disk = self.state(), (self.epoch, self.step)
+
+        def write() -> None:
+            save(state, self.path(state["epoch"]))
+            save(state["history"], self.member.history(self.run))
+            self._tidy()
+            note_network(self.run, self.member, state="training", epoch=state["epoch"], seconds=seconds)
+
+        self.writer.start(write)
 
     def _tidy(self) -> None:
         if self.keep == "last" and self.path(self.evaluated[-1]).exists():

@@ -1,11 +1,13 @@
 """Checkpoints and histories: what is written, what is read, and what a network continues from."""
 
+import errno
 import json
 import math
 import os
 import pickle
 import random
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,7 @@ def trained(run: Path, epochs: int = 3, step: int = 0, keep: str = "all") -> Tra
         track.record(VALUES)
     track.step = step
     track.save_latest()
+    track.writer.wait()
     return track
 
 
@@ -74,13 +77,75 @@ def test_the_optimizer_of_several_learning_rates_is_that_of_torch():
 
 
 def test_what_is_on_disk_does_not_depend_on_the_device(tmp_path, monkeypatch):
-    written, on_cpu = {}, []
+    written, on_cpu, to = {}, [], torch.Tensor.to
     monkeypatch.setattr(checkpoints, "save", lambda content, path: written.update({path.name: content}))
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: on_cpu.append(tensor.clone()) or on_cpu[-1])
+
+    def noted(tensor, *args, **kwargs):
+        result = to(tensor, *args, **kwargs)
+        if args == ("cpu",):
+            on_cpu.append(result)
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
     trained(tmp_path, 1, step=2)
     for name in ("small_0.pyT", "small_1.pyT", "latest.pyT"):
         weights = written[name]["weights"].values()
         assert weights and all(any(tensor is moved for moved in on_cpu) for tensor in weights)
+
+
+# Writing while training goes on
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writes that wait until `held.set()`."""
+    held, save = threading.Event(), checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda content, path: held.wait(60) and save(content, path))
+    yield held
+    held.set()
+
+
+def test_a_file_holds_what_it_was_asked_to_whatever_training_does_meanwhile(tmp_path, held):
+    track = new_track(tmp_path)
+    weight = track.model.net[1].weight
+    before = weight.detach().clone()
+    track.record(VALUES)
+    assert names(tmp_path) == []  # `record` has returned, and nothing is written yet
+    weight.data += 1
+    held.set()
+    track.writer.wait()
+    assert torch.equal(load(tmp_path / "small_0.pyT")["weights"]["net.1.weight"], before)
+
+
+def test_files_are_written_in_the_order_of_training(tmp_path, held):
+    track = new_track(tmp_path, "last")
+    track.record(VALUES)
+    threading.Timer(0.2, held.set).start()
+    for track.epoch in (1, 2, 3):
+        track.step = 2
+        track.save_latest()
+        track.step = 0
+        track.record(VALUES)
+    track.writer.wait()
+    assert names(tmp_path) == ["evaluation-history.hist", "small_3.pyT"]  # `latest.pyT` was written first, then deleted
+    assert load_history(tmp_path / "evaluation-history.hist", MEMBER)["checkpoints"] == [0, 1, 2, 3]
+
+
+def test_a_failed_write_is_raised_once_at_the_next_and_leaves_what_was_there(tmp_path, monkeypatch):
+    track = trained(tmp_path, 1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_file", fail)
+        track.epoch = 2
+        track.record(VALUES)
+        with pytest.raises(OSError, match="No space"):
+            track.writer.wait()
+    track.writer.wait()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def fail(path: Path, content: bytes) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 
 def test_weights_survive_the_way_through_a_state_dict_of_any_layout():
@@ -203,6 +268,7 @@ def test_nothing_on_disk_is_the_start(tmp_path):
     assert (track.epoch, track.step, track.history, track.ended) == (0, 0, {}, False)
     track.step = 3
     track.save_latest()  # there is no evaluation of epoch 0 yet
+    track.writer.wait()
     assert not list(tmp_path.iterdir())
 
 

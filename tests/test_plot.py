@@ -337,6 +337,7 @@ def recorded(tmp_path_factory, request):
                 track.record(evaluate(track.net, track.net, data))
                 with torch.no_grad():  # in place of training
                     next(model.parameters()).mul_(1 + torch.rand_like(next(model.parameters())))
+            track.writer.wait()
         yield run
 
 
