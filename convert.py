@@ -8,6 +8,7 @@ networks of one run at once.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -117,32 +118,47 @@ def convert_run(session: Session, members: list[Member]) -> int:
     return status
 
 
-def work_of(members: list[Member], images: int, num_classes: int) -> dict[Member, float]:
+def work_of(members: list[Member], images: int) -> dict[Member, float]:
     """The FLOP that training each network to its end takes."""
-    work, flop = {}, {}
+    work = {}
     for member in members:
-        if member.conversion not in flop:
-            flop[member.conversion] = training_flop(layers_of(example_of(member, num_classes)), IMAGE_SHAPE)
-        work[member] = member.epochs * images * flop[member.conversion]
+        _, flop = size_of(member.settings.network, member.conversion)
+        work[member] = member.epochs * images * flop
     return work
 
 
-def example_of(member: Member, num_classes: int) -> nn.Module:
-    """A network like `member`'s, with weights of no meaning. (On torch's meta device shapes alone would do, but that
-    imports torch's compiler, seconds in every process.)"""
-    cnn = make_network(member.settings.network, num_classes)
-    return cnn if member.is_cnn else find_conversion(member.conversion).convert(cnn, IMAGE_SHAPE)
+@functools.lru_cache
+def size_of(network: str, conversion: str) -> tuple[int, int]:
+    """(number of parameters, FLOP of training on one image) of a network for ten classes; raises ValueError for a
+    conversion that cannot be."""
+    # A network is made for it. (On torch's meta device shapes alone would do, but that imports torch's compiler,
+    # seconds in every process.)
+    net = make_network(network, 10)
+    if conversion:
+        net = find_conversion(conversion).convert(net, IMAGE_SHAPE)
+    return sum(p.numel() for p in net.parameters()), training_flop(layers_of(net), IMAGE_SHAPE)
 
 
-def open_data(dataset: str, data_dir: Path, settings: Settings, device: torch.device) -> Data:
-    """`data.load_data` for a script, of a run's size and precision; a signal stops it at once."""
+def open_data(dataset: str, data_dir: Path, settings: Settings, device: torch.device, otherwise: str = "") -> Data:
+    """`data.load_data` for a script, of a run's size and precision; a signal stops it at once.
+
+    `otherwise` is what to do where the data are not to be had.
+    """
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     try:
         with stopping_at_once():
             return load_data(dataset, data_dir, settings.data_size, device, dtype)
     except NoData as error:
-        remedy = "name its directory with --data_dir, or use --dataset FILE.npz or --dataset synthetic"
-        raise Stop(f"{error}; {remedy}") from None
+        raise Stop(f"{error}; name its directory with --data_dir{otherwise}") from None
+
+
+def data_of_run(run: Path, data_dir: Path, device: torch.device) -> Data:
+    """The images that a run was made with; raises Stop if those to be found are others."""
+    settings, config = read_config(run)
+    data = open_data(config.get("dataset_file") or settings.dataset, data_dir, settings, device)
+    if data.sha256 != config.get("data_sha256"):
+        raise Stop(f"{settings.dataset} here is not the data of {run}; name the right directory with --data_dir")
+    return data
 
 
 def open_device(name: str) -> torch.device:
@@ -181,7 +197,7 @@ def members_to_train(settings: Settings, conversions: list[str], splits: list[in
     """The converted networks that a command line asks for; raises Stop for a conversion that cannot be."""
     for name in conversions:
         try:
-            example_of(Member(settings, name), 10)
+            size_of(settings.network, name)
         except ValueError as error:
             raise Stop(f"--convert_to {error}") from None
     return [Member(settings, name, split) for name in dict.fromkeys(conversions) for split in sorted(set(splits))]
@@ -202,9 +218,8 @@ def main(argv: list[str]) -> int:
         raise Stop(f"--split {unknown[0]}: the run's splits are {' '.join(map(str, settings.split_epochs))}")
     members = members_to_train(settings, args.convert_to, splits)
     device = open_device(args.device)
-    dataset = config.get("dataset_file") or settings.dataset
-    data = open_data(dataset, args.data_dir, settings, device)
-    work = work_of(members, len(data.x_train), data.num_classes)
+    data = data_of_run(args.run, args.data_dir, device)
+    work = work_of(members, len(data.x_train))
     session = Session(args.run, settings, data, device, args.keep, work)
     session.begin(config.get("dataset_file"))
     return convert_run(session, members)

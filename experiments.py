@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import torch
 
 from convert import (
-    add_common_flags, cnn_track, convert_run, example_of, members_to_train, open_data, open_device, work_of,
+    add_common_flags, cnn_track, convert_run, members_to_train, open_data, open_device, size_of, work_of,
 )  # fmt: skip
 from rnorm.conversions import find_conversion
 from rnorm.data import DATASETS, check_data_size
@@ -32,19 +32,21 @@ from rnorm.runs import Member, Settings, has_files_of_a_run
 from train import Session, duration, train
 
 
+OTHER_DATA = ", or use --dataset FILE.npz or --dataset synthetic"
+
+
 def checkpoints(members: list[Member], keep: str | None) -> dict[Member, tuple[int, int]]:
     """(how many checkpoints of each network stay on disk, bytes of each); `keep` is that of the command line."""
-    sizes, kept = {}, {}
+    kept = {}
     for member in members:
-        if member.conversion not in sizes:
-            numbers = sum(p.numel() for p in example_of(member, 10).parameters())
-            if member.settings.momentum:
-                numbers *= 2
-            sizes[member.conversion] = numbers * (8 if member.settings.precision == "float64" else 4) + 50_000
+        numbers, _ = size_of(member.settings.network, member.conversion)
+        if member.settings.momentum:
+            numbers *= 2
+        size = numbers * (8 if member.settings.precision == "float64" else 4) + 50_000
         if not member.is_cnn and (keep or find_conversion(member.conversion).keep) == "last":
-            kept[member] = 1, sizes[member.conversion]
+            kept[member] = 1, size
         else:
-            kept[member] = len(member.evaluations), sizes[member.conversion]
+            kept[member] = len(member.evaluations), size
     return kept
 
 
@@ -130,7 +132,7 @@ def main(argv: list[str]) -> int:
         if args.dataset in DATASETS and DATASETS[args.dataset].images:  # not downloaded just to print a plan
             check_data_size(settings.data_size, DATASETS[args.dataset].images)
         else:
-            open_data(args.dataset, args.data_dir, settings, torch.device("cpu"))
+            open_data(args.dataset, args.data_dir, settings, torch.device("cpu"), OTHER_DATA)
         print_plan(run, settings, kept, args.dataset, needed, free)
         return COMPLETE
     if needed > free:
@@ -139,11 +141,11 @@ def main(argv: list[str]) -> int:
             "use --keep last, or name another --results_dir", ENVIRONMENT,
         )  # fmt: skip
     device = open_device(args.device)
-    data = open_data(args.dataset, args.data_dir, settings, device)
+    data = open_data(args.dataset, args.data_dir, settings, device, OTHER_DATA)
     with writing(run, "name another --results_dir"):
         lock = open_run(run, args.fresh)
     with lock:
-        work = work_of([cnn, *converted], len(data.x_train), data.num_classes)
+        work = work_of([cnn, *converted], len(data.x_train))
         session = Session(run, settings, data, device, args.keep, work)
         session.begin(str(Path(args.dataset).absolute()) if args.dataset.endswith(".npz") else None)
         print(f"run: {run}")

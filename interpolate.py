@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert import add_data_flags, open_data, open_device
+from convert import add_data_flags, data_of_run, open_device
 from models import load_network
 from rnorm.checkpoints import save
 from rnorm.conversions import layers_of, lift
@@ -96,13 +96,13 @@ def figure_of(path: dict[str, list], ends: list[Path]) -> bytes:
     return file.getvalue()
 
 
-def configuration(files: list[Path]) -> tuple[Settings, dict]:
-    """Settings and config.json of the last file's run; raises Stop if the runs differ in network or data."""
+def run_of(files: list[Path]) -> Path:
+    """The last file's run; raises Stop if the files' runs differ in network or data."""
     if missing := [file for file in files if not file.is_file()]:
         raise Stop(f"{missing[0]} is no file")
     above = [file.absolute().parents[:2] for file in files]
-    runs = [read_config(next((d for d in two if (d / "config.json").is_file()), two[0])) for two in above]
-    a, b = (vars(settings) | config for settings, config in runs)
+    runs = [next((d for d in two if (d / "config.json").is_file()), two[0]) for two in above]
+    a, b = (vars(settings) | config for settings, config in map(read_config, runs))
     if other := [key for key in ("network", "data_size", "precision", "data_sha256") if a[key] != b[key]]:
         raise Stop(f"{files[0]} and {files[1]} cannot be compared, as their runs differ in {', '.join(other)}")
     return runs[1]
@@ -122,14 +122,13 @@ def main(argv: list[str]) -> int:
     for name, low, high in (("points", 2, 10**4), ("epochs", 0, 10**5), ("stiffness", 0, 0.5)):
         if not low <= getattr(args, name) <= high:
             raise Stop(f"--{name} {getattr(args, name)}: has to be between {low} and {high}")
-    settings, config = configuration(args.files)
+    run = run_of(args.files)
+    settings, _ = read_config(run)
     device, out = open_device(args.device), args.out or args.files[1].parent
     with writing(out, "name another --out"):
         out.mkdir(parents=True, exist_ok=True)
     ends = [layers_of(load_network(file)).to(device, memory_format=torch.channels_last) for file in args.files]
-    data = open_data(config["dataset_file"] or settings.dataset, args.data_dir, settings, device)
-    if data.sha256 != config["data_sha256"]:
-        raise Stop(f"{settings.dataset} is not the data that {args.files[1]} was trained on")
+    data = data_of_run(run, args.data_dir, device)
     set_precision(settings.precision)
     a, b = lift(*ends, data.image_shape)
     alphas, average = [i / (args.points - 1) for i in range(args.points)], None

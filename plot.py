@@ -20,9 +20,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from rnorm.cli import (
-    COMPLETE, ENVIRONMENT, Parser, Stop, check_signals, finish, note_signals, stopping_at_once, writing,
-)  # fmt: skip
+from rnorm.cli import COMPLETE, Parser, Stop, check_signals, finish, note_signals, stopping_at_once, writing
 
 if __name__ == "__main__":
     note_signals()  # torch and matplotlib take seconds to import; a signal in that time must not be lost
@@ -38,7 +36,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from models import load_network
-from rnorm.devices import DeviceError, pick_device, set_precision
+from rnorm.devices import set_precision
 from rnorm.files import write_file
 from rnorm.measure import logits_of, multiclass_margins, published_margins
 from rnorm.results import (
@@ -226,31 +224,19 @@ def draw_margins(margins: dict[str, dict[str, np.ndarray]], margin: str = "publi
 
 def read_margins(paths: list[Path], margin: str, data_dir: Path, device: str) -> dict[str, dict[str, np.ndarray]]:
     """Checkpoints of runs as `draw_margins` takes them; raises Stop for one without run, data, or fitting weights."""
-    from rnorm.data import NoData, load_data  # only here: a figure of runs needs no images
+    from convert import data_of_run, open_device  # only here: a figure of runs needs neither training nor images
 
     margins_of = {"published": published_margins, "multiclass": multiclass_margins}[margin]
-    try:
-        device = pick_device(device)
-    except DeviceError as error:
-        raise Stop(f"--device {device}: {error}", ENVIRONMENT) from None
-    cached_data, margins = functools.lru_cache(1)(load_data), {}
+    device, data_of, margins = open_device(device), functools.lru_cache(1)(data_of_run), {}
     several = len({member_of(path)[0] for path in paths}) > 1
     for path in paths:
         run, member = member_of(path)
-        settings, config = read_config(run)
-        set_precision(settings.precision)
+        set_precision(member.settings.precision)
         try:
             net = load_network(path).to(device)
         except OSError as error:
             raise Stop(f"{path} cannot be read ({error.strerror})") from None
-        dataset, dtype = config.get("dataset_file") or settings.dataset, next(net.parameters()).dtype
-        try:
-            data = cached_data(dataset, data_dir, settings.data_size, device, dtype)
-        except NoData as error:
-            raise Stop(f"{error}; name its directory with --data_dir") from None
-        if data.sha256 != config.get("data_sha256"):
-            raise Stop(f"{path}: the data in {data_dir} are not those of its run; name their directory with --data_dir")
-        parts = {}
+        data, parts = data_of(run, data_dir, device), {}
         for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
             logits = logits_of(net, x)
             if not (logits.shape[1] == data.num_classes and logits.isfinite().all()):

@@ -66,12 +66,13 @@ def check_signals() -> None:
 def stopping_at_once() -> Iterator[None]:
     """For what takes long and leaves nothing to save, such as a download: a signal raises wherever it comes."""
     global _at_once
+    before = _at_once
     try:
         _at_once = True
         check_signals()
         yield
     finally:
-        _at_once = False
+        _at_once = before
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,7 +140,7 @@ def finish(main: Callable[[list[str]], int], argv: list[str], saves: bool = True
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise  # a mistake in the code, whose traceback is wanted
-        message, status = "out of memory; lower --batch_size or --data_size", ENVIRONMENT
+        message, status = "out of memory; free some, or use a machine or GPU with more", ENVIRONMENT
     if message:
         with contextlib.suppress(OSError):
             print(f"{Path(argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)

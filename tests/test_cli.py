@@ -69,7 +69,7 @@ def test_every_expected_end_is_an_exit_status_and_at_most_one_line(capsys, error
     ],
 )
 def test_out_of_memory_of_every_kind_is_one_line(capsys, error):
-    assert ended(error, capsys) == (1, "experiments.py: out of memory; lower --batch_size or --data_size\n")
+    assert ended(error, capsys) == (1, "experiments.py: out of memory; free some, or use a machine or GPU with more\n")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a mistake"), ValueError("a mistake"), KeyError("a mistake")])
@@ -97,6 +97,12 @@ def test_what_leaves_nothing_to_save_is_stopped_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on")
     with pytest.raises(Interrupted), stopping_at_once():  # noted before
+        pytest.fail("went on")
+    note_signals()
+    with pytest.raises(Interrupted), stopping_at_once():
+        with stopping_at_once():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)  # still within the outer one
         pytest.fail("went on")
     note_signals()
     os.kill(os.getpid(), signal.SIGTERM)  # outside again: only noted

@@ -382,4 +382,4 @@ def test_bad_checkpoints_and_other_data_are_refused(recorded, tmp_path):
     settings, config = read_config(recorded)
     write_config(copied, settings, "of other data", config["dataset_file"], {})
     (copied / good.name).write_bytes(good.read_bytes())
-    assert "not those of its run" in stop("--margins", copied / good.name)
+    assert "is not the data of" in stop("--margins", copied / good.name)

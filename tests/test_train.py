@@ -25,7 +25,7 @@ def session(npz, tmp_path):
     members = [Member(settings), Member(settings, "lc", 1), Member(settings, "lc", 2)]
     run = tmp_path / "run"
     run.mkdir()
-    return Session(run, settings, load_data(str(npz), npz.parent, 0, CPU), CPU, work=work_of(members, 60, 3))
+    return Session(run, settings, load_data(str(npz), npz.parent, 0, CPU), CPU, work=work_of(members, 60))
 
 
 class FakeStep:
