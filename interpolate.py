@@ -2,13 +2,12 @@
 
     python interpolate.py RUN/skinnyprime_9.pyT RUN/skinnyprime_lc_version_9/skinnyprime_lc_version_150.pyT
 
-Both are of runs on the same network and data; the simpler is lifted to the other's form, from CNN to eLCN to eFCN.
-Paths: linear, in the weights; curvilinear, with each tensor rescaled to a norm between those of its ends; average, of
-the outputs; string, of points that are trained at lc_lr and drawn to their neighbours. Source: arXiv:1906.06766.
+Both are of the same network and data; the simpler is lifted to the other's form (CNN, eLCN, eFCN). Paths: linear, in
+the weights; curvilinear, with each tensor rescaled to a norm between its ends'; average, of the outputs; string, of
+points that are trained at lc_lr and drawn to their neighbours. Source: arXiv:1906.06766.
 """
 
 import copy
-import io
 import math
 import sys
 from collections.abc import Iterable
@@ -20,12 +19,14 @@ if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
 
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from convert import add_data_flags, data_of_run, open_device
 from models import load_network
+from plot import STYLE, member_of, render
 from rnorm.checkpoints import save
 from rnorm.conversions import layers_of, lift
 from rnorm.data import Data
@@ -33,6 +34,7 @@ from rnorm.devices import set_precision
 from rnorm.fast import Step, streamline
 from rnorm.files import write_file
 from rnorm.measure import evaluate
+from rnorm.results import to_csv
 from rnorm.runs import Settings, read_config
 from train import epoch_order
 
@@ -73,41 +75,39 @@ def train_string(nets: list[nn.Sequential], data: Data, settings: Settings, epoc
 
 def evaluate_path(nets: Iterable[nn.Module], alphas: list[float], data: Data, average: Average | None) -> dict:
     """A history with `alpha` in place of `checkpoints`; where outputs are averaged, norms are NaN between the ends."""
-    path = {}
+    path = {"alpha": alphas}
     for alpha, net in zip(tqdm(alphas, "evaluation", disable=None), nets):
         if average:
             average.alpha = alpha
-        for key, value in {"alpha": alpha, **evaluate(net, average or streamline(net, data.image_shape), data)}.items():
-            undefined = average and 0 < alpha < 1 and ("norm" in key or "untied" in key or key == "nonlocal")
-            path.setdefault(key, []).append(math.nan if undefined else value)
+        for key, value in evaluate(net, average or streamline(net, data.image_shape), data).items():
+            if average and 0 < alpha < 1 and ("norm" in key or "untied" in key or key == "nonlocal"):
+                value = math.nan
+            path.setdefault(key, []).append(value)
     return path
 
 
-def figure_of(path: dict[str, list], ends: list[Path]) -> bytes:
-    """Loss and accuracy over alpha, as a PNG."""
-    figure, file = Figure((7.5, 3.4), layout="constrained"), io.BytesIO()
+def figure_of(path: dict[str, list], ends: list[Path]) -> Figure:
+    """Loss and accuracy over alpha."""
+    figure = Figure((6.2, 2.8), layout="constrained")
     figure.suptitle("\n".join(f"{i}: {end.absolute().parent.name}/{end.stem}" for i, end in enumerate(ends)), size=7)
     for axes, quantity, label in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss", "accuracy (%)")):
         for part in ("train", "test"):
             axes.plot(path["alpha"], path[f"{part}_{quantity}"], ".-", label=part)
         axes.set(xlabel="alpha", ylabel=label)
-        axes.legend(frameon=False)
-    figure.savefig(file, dpi=200)
-    return file.getvalue()
+        axes.legend()
+    return figure
 
 
 def run_of(files: list[Path]) -> Path:
     """The last file's run; raises Stop if the files' runs differ in network or data."""
-    if missing := [file for file in files if not file.is_file()]:
-        raise Stop(f"{missing[0]} is no file")
-    above = [file.absolute().parents[:2] for file in files]
-    runs = [next((d for d in two if (d / "config.json").is_file()), two[0]) for two in above]
+    runs = [member_of(file)[0] for file in files]
     a, b = (vars(settings) | config for settings, config in map(read_config, runs))
     if other := [key for key in ("network", "data_size", "precision", "data_sha256") if a[key] != b[key]]:
         raise Stop(f"{files[0]} and {files[1]} cannot be compared, as their runs differ in {', '.join(other)}")
     return runs[1]
 
 
+@rc_context(STYLE)
 def main(argv: list[str]) -> int:
     """Interpolate as the command line `argv` says; returns the exit status."""
     parser = Parser(__doc__)
@@ -138,10 +138,11 @@ def main(argv: list[str]) -> int:
     elif args.method == "string":
         train_string(nets := list(nets), data, settings, args.epochs, args.stiffness)
     path = evaluate_path(nets, alphas, data, average)
-    table = "".join(",".join(map(str, row)) + "\n" for row in [path, *zip(*path.values())])
     save(path, out / "path.hist")
-    write_file(out / "path.csv", table.encode())
-    write_file(out / "path.png", figure_of(path, args.files))
+    write_file(out / "path.csv", to_csv([dict(zip(path, values)) for values in zip(*path.values())]).encode())
+    write_file(out / "path.png", render(figure_of(path, args.files), ".png"))
+    highest, at = max(zip(path["train_loss"], alphas))
+    print(f"highest train loss {highest:.3f}, at alpha {at:.2f}; path.hist, path.csv and path.png lie in {out}")
     return COMPLETE
 
 

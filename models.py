@@ -76,19 +76,27 @@ def load_network(path: Path | str) -> nn.Module:
     """
     path = Path(path)
     state = load_checkpoint(path)
-    names = [path.stem] if path.stem != "latest" else sorted(other.stem for other in path.parent.glob("*_*.pyT"))
-    match = next(filter(None, (re.fullmatch(r"(.+?)(?:_([^_]+)_version)?_\d+", name) for name in names)), None)
-    if not match:
-        raise RnormError(f"{path}: its name is not that of a checkpoint, such as skinnyprime_150.pyT")
+    network, conversion = network_and_conversion(path)
     try:
         bias = list(state["weights"].values())[-1]  # that of the last Linear layer
-        model = make_network(match[1], len(bias)).to(bias.dtype)
-        if match[2]:
-            model = find_conversion(match[2]).convert(model, IMAGE_SHAPE)
+        model = make_network(network, len(bias)).to(bias.dtype)
+        if conversion:
+            model = find_conversion(conversion).convert(model, IMAGE_SHAPE)
         load_weights(model, state)
     except (Damaged, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise RnormError(f"{path} is no checkpoint of {match[1]} ({error})") from None
+        raise RnormError(f"{path} is no checkpoint of {network} ({error})") from None
     return model.eval()
+
+
+def network_and_conversion(path: Path) -> tuple[str, str]:
+    """What a checkpoint's name says it is of; the conversion is "" for a CNN. Raises RnormError for another name."""
+    names = [path.stem]
+    if path.stem == "latest":
+        names = sorted(other.stem for other in path.parent.glob("*_*.pyT"))
+    for name in names:
+        if match := re.fullmatch(r"(.+?)(?:_([^_]+)_version)?_\d+", name):
+            return match[1], match[2] or ""
+    raise RnormError(f"{path}: its name is not that of a checkpoint, such as skinnyprime_150.pyT")
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -232,10 +232,7 @@ def read_margins(paths: list[Path], margin: str, data_dir: Path, device: str) ->
     for path in paths:
         run, member = member_of(path)
         set_precision(member.settings.precision)
-        try:
-            net = load_network(path).to(device)
-        except OSError as error:
-            raise Stop(f"{path} cannot be read ({error.strerror})") from None
+        net = load_network(path).to(device)
         data, parts = data_of(run, data_dir, device), {}
         for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
             logits = logits_of(net, x)
@@ -248,7 +245,9 @@ def read_margins(paths: list[Path], margin: str, data_dir: Path, device: str) ->
 
 
 def member_of(checkpoint: Path) -> tuple[Path, Member]:
-    """The run that a checkpoint lies in, and the network it is of; raises Stop if it lies in none."""
+    """The run that a checkpoint lies in, and the network it is of; raises Stop if it lies in none or is no file."""
+    if not checkpoint.is_file():
+        raise Stop(f"{checkpoint} is no file")
     directory = checkpoint.resolve().parent
     for run in (directory, directory.parent):
         if (run / "config.json").exists():

@@ -193,7 +193,7 @@ def test_ends_that_cannot_be_compared_are_refused_in_one_line(run, tmp_path, cap
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "small_1.pyT").write_bytes(good.read_bytes())
-    ends_with("config.json is missing", [alone / "small_1.pyT", good], capsys)
+    ends_with("lies in no network's directory", [alone / "small_1.pyT", good], capsys)
     other = tmp_path / "tiny.npz"
     np.savez(other, **make_arrays(seed=1))
     changed = copy_of(run, tmp_path / "changed", dataset_file=str(other))

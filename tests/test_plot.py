@@ -371,8 +371,9 @@ def test_histograms_show_the_margins_whose_means_were_recorded(recorded, tmp_pat
 
 def test_bad_checkpoints_and_other_data_are_refused(recorded, tmp_path):
     good = recorded / "small_1.pyT"
-    assert "lies in no" in stop("--margins", tmp_path / "skinnyprime_1.pyT")
-    assert "No such file" in stop("--margins", recorded / "small_77.pyT")
+    (tmp_path / good.name).write_bytes(good.read_bytes())
+    assert "lies in no" in stop("--margins", tmp_path / good.name)
+    assert "small_77.pyT is no file" in stop("--margins", recorded / "small_77.pyT")
     (recorded / "small_0.pyT").write_bytes(good.read_bytes()[:500])
     for name in ("evaluation-history.hist", "small_0.pyT"):
         with pytest.raises(RnormError, match=name):
