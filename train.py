@@ -153,9 +153,12 @@ class Progress:
         self.seconds_before = seconds if isinstance(seconds, float) else 0.0
         steps = math.ceil(len(session.data.x_train) / session.settings.batch_size)
         self.first = track.epoch + track.step / steps
-        work = list(session.work)
-        self.place = f"network {work.index(member) + 1} of {len(work)}" if member in work else ""
-        self.later = [other for other in work[work.index(member) + 1 :] if not self._ended(other)] if self.place else []
+        self.place, self.later = "", []
+        if member in session.work:
+            work = list(session.work)
+            number = work.index(member) + 1
+            self.place = f"network {number} of {len(work)}"
+            self.later = [other for other in work[number:] if not self._ended(other)]
         self.bar = tqdm(
             total=member.epochs * steps, initial=track.epoch * steps + track.step, unit="step", file=sys.stdout,
             desc=f"{member.label}, {self.place}" if self.place else member.label,
@@ -211,4 +214,6 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
