@@ -157,7 +157,8 @@ def data_of_run(run: Path, data_dir: Path, device: torch.device) -> Data:
     settings, config = read_config(run)
     data = open_data(config.get("dataset_file") or settings.dataset, data_dir, settings, device)
     if data.sha256 != config.get("data_sha256"):
-        raise Stop(f"{settings.dataset} here is not the data of {run}; name the right directory with --data_dir")
+        remedy = "put that in its place, or name its directory with --data_dir"
+        raise Stop(f"{settings.dataset} here is not the data of {run}; {remedy}")
     return data
 
 

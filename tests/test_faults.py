@@ -450,7 +450,7 @@ def test_other_data_under_the_same_name_are_refused(server, command, copy, tmp_p
     del config["crc32"]  # as someone who edits the file on purpose would
     (copy / "config.json").write_text(json.dumps({**config, "dataset_file": str(other)}))
     study = server.run("convert.py", copy, "--device", "cpu")
-    assert study.status == 2 and "data_sha256" in line_of(study)
+    assert study.status == 2 and "tiny here is not the data of" in line_of(study)
 
 
 def test_other_settings_in_the_directory_are_refused_with_the_remedy(server, command, copy):
