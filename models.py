@@ -75,7 +75,10 @@ def load_network(path: Path | str) -> nn.Module:
     checkpoints beside it are. Raises FileNotFoundError, or RnormError if it is no checkpoint of a network here.
     """
     path = Path(path)
-    state = load_checkpoint(path)
+    try:
+        state = load(path)
+    except Damaged as damage:
+        raise RnormError(f"{path} is damaged ({damage})") from None
     network, conversion = network_and_conversion(path)
     try:
         bias = list(state["weights"].values())[-1]  # that of the last Linear layer
@@ -97,11 +100,3 @@ def network_and_conversion(path: Path) -> tuple[str, str]:
         if match := re.fullmatch(r"(.+?)(?:_([^_]+)_version)?_\d+", name):
             return match[1], match[2] or ""
     raise RnormError(f"{path}: its name is not that of a checkpoint, such as skinnyprime_150.pyT")
-
-
-def load_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint; raises FileNotFoundError, or RnormError naming the file if it is damaged."""
-    try:
-        return load(path)
-    except Damaged as damage:
-        raise RnormError(f"{path} is damaged ({damage})") from None
