@@ -13,7 +13,6 @@ it is, seeds as far as all have come. The best eLCN is chosen among those that a
 """
 
 import argparse
-import functools
 import io
 import math
 import sys
@@ -227,13 +226,17 @@ def read_margins(paths: list[Path], margin: str, data_dir: Path, device: str) ->
     from convert import data_of_run, open_device  # only here: a figure of runs needs neither training nor images
 
     margins_of = {"published": published_margins, "multiclass": multiclass_margins}[margin]
-    device, data_of, margins = open_device(device), functools.lru_cache(1)(data_of_run), {}
+    device, margins, loaded = open_device(device), {}, {}
     several = len({member_of(path)[0] for path in paths}) > 1
     for path in paths:
         run, member = member_of(path)
         set_precision(member.settings.precision)
         net = load_network(path).to(device)
-        data, parts = data_of(run, data_dir, device), {}
+        _, config = read_config(run)
+        identity = config.get("data_sha256"), member.settings.data_size, member.settings.precision
+        if identity not in loaded:  # only the last data are kept
+            loaded = {identity: data_of_run(run, data_dir, device)}
+        data, parts = loaded[identity], {}
         for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
             logits = logits_of(net, x)
             if not (logits.shape[1] == data.num_classes and logits.isfinite().all()):
