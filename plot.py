@@ -71,10 +71,11 @@ PRINT = Path("-")  # in place of a file: print the table
 class Look:
     """How networks are drawn: the CNN in black, others in the colour of their split and the dashes of their conversion.
 
-    `splits` and `conversions` are those that a legend has to explain.
+    `splits` and `conversions` are those that a legend has to explain; without `cnn`, the CNN is not drawn.
     """
 
-    def __init__(self, members: list[Member]):
+    def __init__(self, members: list[Member], cnn: bool = True):
+        self.cnn = cnn
         converted = [member for member in members if not member.is_cnn]
         self.splits = sorted({member.split for member in converted})
         self.conversions = list(dict.fromkeys(member.conversion for member in converted))
@@ -103,11 +104,11 @@ class Look:
 
 def draw(
     groups: list[Group], panels: list[str], margin: str = "published", title: str = "",
-    reference: dict[Member, Network] | None = None,
+    reference: dict[Member, Network] | None = None, cnn: bool = True,
 ) -> Figure:  # fmt: skip
     """The figure: a row of panels for each group, a line for each network, over epochs on the CNN's axis."""
-    reference = reference or {}
-    look = Look([*(member for group in groups for member in group.mean), *reference])
+    reference = {member: points for member, points in (reference or {}).items() if cnn or not member.is_cnn}
+    look = Look([*(member for group in groups for member in group.mean), *reference], cnn)
     fig = Figure((1.8 * len(panels) + 0.8, 1.85 * len(groups) + 0.75), layout="constrained")
     axes = fig.subplots(len(groups), len(panels), sharex=True, sharey="col", squeeze=False)
     for row, group, difference in zip(axes, groups, differences(groups)):
@@ -120,7 +121,7 @@ def draw(
             words.append(f"{group.seeds[group.cnn]} seeds")
         row[0].set_title(", ".join(words), loc="left", parse_math=False)
     for ax in axes[-1]:
-        ax.set(xlabel="epochs", xlim=(0, None))
+        ax.set(xlabel="epochs", xlim=(0 if cnn else None, None))
     if look.splits:
         bar = fig.colorbar(look.scale, ax=axes, label="split epoch", aspect=15 * len(groups), pad=0.04 / len(panels))
         bar.minorticks_off()
@@ -134,6 +135,8 @@ def draw(
 def draw_panel(ax: Axes, group: Group, panel: str, look: Look) -> None:
     """One quantity of a group's networks: a line each, a band where there are several seeds, a cross if it diverged."""
     for member, network in group.mean.items():
+        if member.is_cnn and not look.cnn:
+            continue
         epochs = network["checkpoints"] + member.split
         mean, std = drawable(network[panel]), drawable(group.std[member][panel])
         ax.plot(epochs, mean, label=member.label, **look.line(member))
@@ -174,7 +177,7 @@ def colour_ticks(look: Look) -> list[float]:
 
 def add_legend(fig: Figure, groups: list[Group], look: Look, reference: bool) -> None:
     """What lines and marks are, and above that which networks are not complete; the figure grows to hold it."""
-    handles = [Line2D([], [], color="black", lw=1.6, label="CNN")]
+    handles = [Line2D([], [], color="black", lw=1.6, label="CNN")] if look.cnn else []
     for conversion in look.conversions:
         label = "eLCN" if conversion == "lc" else f"converted to {conversion}"
         handles.append(Line2D([], [], color=COLOURS(0.5), ls=look.dashes(conversion), label=label))
@@ -269,6 +272,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE", help="figure, .png, .pdf or .svg (default: figure.png in the first RUN)")
     add("--splits", type=int, nargs="+", metavar="EPOCH", help="only the networks converted at these epochs")
     add("--convert_to", nargs="+", metavar="NAME", help="only these conversions, such as lc (default: all there are)")
+    add("--no_cnn", action="store_true", help="leave the CNN out of the figure, whose range hides small differences")
     add("--margin", choices=MARGINS, default="published", help="what norms are relative to (default: published)")
     add("--panels", nargs="+", default=PANELS, metavar="KEY", help=f"what to plot (default: {' '.join(PANELS)})")
     add("--title", default="", help="what the title says before the margin's name (default: the data set)")
@@ -321,6 +325,8 @@ def plot_runs(args: argparse.Namespace) -> tuple[dict[str, str | bytes], str]:
     keys = [key for key in networks[0] if key != "checkpoints" and all(key in network for network in networks)]
     if unknown := [panel for panel in args.panels if panel not in keys]:
         raise Stop(f"--panels {unknown[0]}: there are {' '.join(keys)}")
+    if args.no_cnn and all(list(group.mean) == [group.cnn] for group in groups):
+        raise Stop("--no_cnn: no network but the CNN is left to draw")
     contents = {}
     if args.csv:
         contents["csv"] = to_csv(tidy_rows([run for runs in recorded for run in runs]))
@@ -328,7 +334,7 @@ def plot_runs(args: argparse.Namespace) -> tuple[dict[str, str | bytes], str]:
         contents["table"] = table(groups, args.margin, args.table.suffix.lower())
     if args.out:
         reference = read_reference(args.reference, args.splits) if args.reference else None
-        fig = draw(groups, args.panels, args.margin, args.title, reference)
+        fig = draw(groups, args.panels, args.margin, args.title, reference, not args.no_cnn)
         contents["out"] = render(fig, args.out.suffix)
         if len(groups) == 1:
             return contents, summary(groups[0], args.margin)

@@ -212,6 +212,17 @@ def test_published_points_overlay_their_panels(run):
     assert "published" in texts_of(fig)
 
 
+def test_without_the_cnn_only_converted_networks_set_the_axes(run, tmp_path):
+    fig = figure(run, reference=read_reference(REFERENCE), cnn=False)
+    norm = panels_of(fig)[0]
+    assert list(lines_of(norm)) == [
+        "eLCN from 1", "eLCN from 2", "eLCN from 4", "published, eLCN from 9", "published, eLCN from 28"
+    ]  # fmt: skip
+    assert "CNN" not in texts_of(fig) and norm.get_ylim()[1] < panels_of(figure(run))[0].get_ylim()[1]
+    begun = make_run(tmp_path, cnn_epochs=0)
+    assert "no network but the CNN" in stop(begun, "--no_cnn", "--out", tmp_path / "figure.png")
+
+
 def test_another_margin_is_named_and_published_norms_are_not_compared_with_it(run):
     fig = figure(run, margin="multiclass", reference=read_reference(REFERENCE), title="Mine")
     assert [len(ax.lines) for ax in panels_of(fig)] == [4, 7, 7]
