@@ -13,6 +13,7 @@ it is, seeds as far as all have come. The best eLCN is chosen among those that a
 """
 
 import argparse
+import dataclasses
 import io
 import math
 import sys
@@ -71,11 +72,10 @@ PRINT = Path("-")  # in place of a file: print the table
 class Look:
     """How networks are drawn: the CNN in black, others in the colour of their split and the dashes of their conversion.
 
-    `splits` and `conversions` are those that a legend has to explain; without `cnn`, the CNN is not drawn.
+    `splits` and `conversions` are those that a legend has to explain.
     """
 
-    def __init__(self, members: list[Member], cnn: bool = True):
-        self.cnn = cnn
+    def __init__(self, members: list[Member]):
         converted = [member for member in members if not member.is_cnn]
         self.splits = sorted({member.split for member in converted})
         self.conversions = list(dict.fromkeys(member.conversion for member in converted))
@@ -106,9 +106,15 @@ def draw(
     groups: list[Group], panels: list[str], margin: str = "published", title: str = "",
     reference: dict[Member, Network] | None = None, cnn: bool = True,
 ) -> Figure:  # fmt: skip
-    """The figure: a row of panels for each group, a line for each network, over epochs on the CNN's axis."""
-    reference = {member: points for member, points in (reference or {}).items() if cnn or not member.is_cnn}
-    look = Look([*(member for group in groups for member in group.mean), *reference], cnn)
+    """The figure: a row of panels for each group, a line for each network, over epochs on the CNN's axis.
+
+    Without `cnn`, the CNN is left out.
+    """
+    reference = reference or {}
+    if not cnn:
+        groups = [dataclasses.replace(group, mean=without_cnn(group.mean)) for group in groups]
+        reference = without_cnn(reference)
+    look = Look([*(member for group in groups for member in group.mean), *reference])
     fig = Figure((1.8 * len(panels) + 0.8, 1.85 * len(groups) + 0.75), layout="constrained")
     axes = fig.subplots(len(groups), len(panels), sharex=True, sharey="col", squeeze=False)
     for row, group, difference in zip(axes, groups, differences(groups)):
@@ -132,11 +138,13 @@ def draw(
     return fig
 
 
+def without_cnn(networks: dict[Member, Network]) -> dict[Member, Network]:
+    return {member: network for member, network in networks.items() if not member.is_cnn}
+
+
 def draw_panel(ax: Axes, group: Group, panel: str, look: Look) -> None:
     """One quantity of a group's networks: a line each, a band where there are several seeds, a cross if it diverged."""
     for member, network in group.mean.items():
-        if member.is_cnn and not look.cnn:
-            continue
         epochs = network["checkpoints"] + member.split
         mean, std = drawable(network[panel]), drawable(group.std[member][panel])
         ax.plot(epochs, mean, label=member.label, **look.line(member))
@@ -177,7 +185,9 @@ def colour_ticks(look: Look) -> list[float]:
 
 def add_legend(fig: Figure, groups: list[Group], look: Look, reference: bool) -> None:
     """What lines and marks are, and above that which networks are not complete; the figure grows to hold it."""
-    handles = [Line2D([], [], color="black", lw=1.6, label="CNN")] if look.cnn else []
+    handles = []
+    if any(group.cnn in group.mean for group in groups):
+        handles.append(Line2D([], [], color="black", lw=1.6, label="CNN"))
     for conversion in look.conversions:
         label = "eLCN" if conversion == "lc" else f"converted to {conversion}"
         handles.append(Line2D([], [], color=COLOURS(0.5), ls=look.dashes(conversion), label=label))
@@ -325,7 +335,7 @@ def plot_runs(args: argparse.Namespace) -> tuple[dict[str, str | bytes], str]:
     keys = [key for key in networks[0] if key != "checkpoints" and all(key in network for network in networks)]
     if unknown := [panel for panel in args.panels if panel not in keys]:
         raise Stop(f"--panels {unknown[0]}: there are {' '.join(keys)}")
-    if args.no_cnn and all(list(group.mean) == [group.cnn] for group in groups):
+    if args.no_cnn and not any(without_cnn(group.mean) for group in groups):
         raise Stop("--no_cnn: no network but the CNN is left to draw")
     contents = {}
     if args.csv:
