@@ -1,12 +1,12 @@
-"""The tables of README.md, from the histories of a run.
+"""The tables of README.md, from the histories of a run, and from reencoding.csv what JPEG costs.
 
-    python results/tables.py [RUN]                      by default the run in results/published
-    python results/tables.py RUN --epochs               and every epoch that the published figure has, too
+    python results/tables.py [RUN]     by default the run in results/published
 
 Prints markdown. `epoch` counts on the CNN's axis. The published norm of an eLCN at its epoch 0 is no measurement and is
 left out.
 """
 
+import csv
 import dataclasses
 import sys
 from pathlib import Path
@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from rnorm.cli import COMPLETE, Parser, finish
-from rnorm.results import Network, Run, find_runs, read_reference, read_run, with_margin
+from rnorm.results import PUBLISHED, Member, Network, Run, find_runs, read_reference, read_run, with_margin
 
 HERE = Path(__file__).parent
 NORM = "log_prod_norm_normalized"
 OWN_EPOCHS = (0, 1, 10, 30)  # of the table of conversions, and the last
+WINDOWS = ((2, 5), (6, 10), (11, 15), (16, 20), (2, 20))  # first and last epoch, of the table of the re-encoding
 
 
 def print_table(*rows: list[str]) -> None:
@@ -30,42 +31,22 @@ def print_table(*rows: list[str]) -> None:
     print(*(f"| {' | '.join(row)} |" for row in rest), "", sep="\n")
 
 
-def shared(run: Run, reference: dict) -> dict[str, tuple[np.ndarray, Network, Network]]:
-    """For each network that the published figure has too: (epochs that both have, its values here, published)."""
-    both = {}
-    for published, points in reference.items():
-        for member, network in run.networks.items():
-            if dataclasses.replace(member, settings=published.settings) != published:
-                continue
-            own = network["checkpoints"] + member.split
-            epochs, here, there = np.intersect1d(own, points["epoch"], return_indices=True)
-            if len(epochs):
-                ours = {key: network[key][here] for key in ("test_acc", NORM)}
-                theirs = {key: points[key][there] for key in ("test_acc", NORM)}
-                both[member.label] = epochs, ours, theirs
-    return both
-
-
-def paper_against_here(run: Run, reference: dict) -> None:
+def paper_against_here(run: Run, reference: dict[Member, Network]) -> None:
+    """Each network that the published figure has too, over the epochs that both have."""
     rows = [["network", "epochs that both have", "last test accuracy, paper; here", "last norm, paper; here",
              "largest difference of test accuracy", "of the norm"]]  # fmt: skip
-    for label, (epochs, here, paper) in shared(run, reference).items():
-        row = [label, f"{epochs[0]:.0f} to {epochs[-1]:.0f}"]
+    for member, here in run.networks.items():
+        paper = reference.get(dataclasses.replace(member, settings=PUBLISHED))
+        if paper is None:
+            continue
+        epochs, i, j = np.intersect1d(here["checkpoints"] + member.split, paper["epoch"], return_indices=True)
+        row = [member.label, f"{epochs[0]:.0f} to {epochs[-1]:.0f}"]
         for key, digits in (("test_acc", 1), (NORM, 2)):
-            row.append(f"{paper[key][-1]:.{digits}f}; {here[key][-1]:.{digits}f}")
+            row.append(f"{paper[key][j][-1]:.{digits}f}; {here[key][i][-1]:.{digits}f}")
         for key, digits in (("test_acc", 1), (NORM, 3)):
-            apart = here[key] - paper[key]
+            apart = here[key][i] - paper[key][j]
             row.append(f"{apart[np.nanargmax(np.abs(apart))]:+.{digits}f}")
         rows.append(row)
-    print_table(*rows)
-
-
-def every_epoch(run: Run, reference: dict) -> None:
-    rows = [["network", "epoch", "test accuracy, paper; here", "norm, paper; here"]]
-    for label, (epochs, here, paper) in shared(run, reference).items():
-        for i, epoch in enumerate(epochs):
-            cells = (f"{paper[key][i]:.2f}; {here[key][i]:.2f}" for key in ("test_acc", NORM))
-            rows.append([label, f"{epoch:.0f}", *cells])
     print_table(*rows)
 
 
@@ -89,19 +70,38 @@ def conversions(run: Run) -> None:
     print_table(*rows)
 
 
+def reencoding(path: Path) -> None:
+    """What the re-encoding costs: means over seeds, and the standard error of the difference, paired by seed."""
+    digits = {"train_acc": 2, "test_acc": 2, NORM: 3}
+    curves = {"exact": {}, "jpeg": {}}  # by seed, a row for each epoch from 0 on
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            copy = "exact" if "cifar10_head_exact" in row["run"] else "jpeg"
+            curves[copy].setdefault(row["seed"], []).append([float(row[key]) for key in digits])
+    exact, jpeg = (np.array([curves[copy][seed] for seed in curves["exact"]]) for copy in curves)
+    titles = (f"{name}: exact, JPEG, difference" for name in ("train accuracy", "test accuracy", "norm"))
+    rows = [["epochs", "seeds", *titles]]
+    for first, last in WINDOWS:
+        a, b = (curve[:, first : last + 1].mean(axis=1) for curve in (exact, jpeg))  # (seeds, quantities)
+        errors = (a - b).std(axis=0, ddof=1) / np.sqrt(len(a))
+        row = [f"{first} to {last}", str(len(a))]
+        for x, y, error, n in zip(a.mean(axis=0), b.mean(axis=0), errors, digits.values(), strict=True):
+            row.append(f"{x:.{n}f}, {y:.{n}f}, {x - y:+.{n}f} ± {error:.{n}f}")
+        rows.append(row)
+    print_table(*rows)
+
+
 def main(argv: list[str]) -> int:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, nargs="?", default=HERE / "published", metavar="RUN")
-    parser.add_argument("--epochs", action="store_true", help="every epoch that the published figure has, too")
     args = parser.parse_args(argv)
     reference = read_reference(HERE / "published_figure.csv")
     for path in find_runs([args.run]):
         run = read_run(path)
         print(f"{path.name}\n")
         paper_against_here(run, reference)
-        if args.epochs:
-            every_epoch(run, reference)
         conversions(run)
+    reencoding(HERE / "reencoding.csv")
     return COMPLETE
 
 
