@@ -20,7 +20,7 @@ from rnorm.results import PUBLISHED, Member, Network, Run, find_runs, read_refer
 
 HERE = Path(__file__).parent
 NORM = "log_prod_norm_normalized"
-OWN_EPOCHS = (0, 1, 10, 30)  # of the table of conversions, and the last
+OWN_EPOCHS = (0, 1, 10, 30, 67)  # of the table of conversions, and the last
 WINDOWS = ((2, 5), (6, 10), (11, 15), (16, 20), (2, 20))  # first and last epoch, of the table of the re-encoding
 
 
