@@ -40,6 +40,8 @@ def paper_against_here(run: Run, reference: dict[Member, Network]) -> None:
         if paper is None:
             continue
         epochs, i, j = np.intersect1d(here["checkpoints"] + member.split, paper["epoch"], return_indices=True)
+        if not len(epochs):
+            continue
         row = [member.label, f"{epochs[0]:.0f} to {epochs[-1]:.0f}"]
         for key, digits in (("test_acc", 1), (NORM, 2)):
             row.append(f"{paper[key][j][-1]:.{digits}f}; {here[key][i][-1]:.{digits}f}")

@@ -29,6 +29,14 @@ def test_the_readmes_tables_come_from_the_shipped_histories(capsys):
     for titles, *rows in printed:
         (shown,) = (block for block in readme if block.startswith(titles))
         assert set(shown.splitlines()[1:]) <= set(rows)
+    for network in ("CNN", "eLCN from 9", "eLCN from 28"):
+        (row,) = (row for _, *rows in printed for row in rows if row.startswith(f"| {network} | ") and " to " in row)
+        assert any(row in block.splitlines() for block in readme)
+
+
+def test_a_run_without_epochs_of_the_published_figure_has_no_row_against_it(tmp_path, capsys):
+    assert tables.main([str(make_run(tmp_path, cnn_epochs=0))]) == 0
+    assert "| CNN |" not in capsys.readouterr().out
 
 
 def test_a_published_run_holds_all_histories_and_nothing_of_the_machine_it_ran_on(tmp_path, monkeypatch):
