@@ -7,7 +7,7 @@ differentiate any number of times.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -65,34 +65,38 @@ class LocallyConnected2d(nn.Module):
           alike. It is channels-last in memory.
 
     Attributes:
-        weight: (H_out, W_out, k_h, k_w, C_in, C_out), the order of the matrix products; uniform in
-            +-1/sqrt(C_in k_h k_w) as in `nn.Conv2d`.
-        bias: (H_out, W_out, C_out) or None, initialised like the weight.
+        weight: (H_out, W_out, k_h, k_w, C_in, C_out), the order of the matrix products.
+        bias: (H_out, W_out, C_out) or None.
         filters: a view of the weight in the shape of the file format, (1, C_out, C_in, H_out, W_out, k_h * k_w).
         fused_step: None, or a learning rate: then the backward pass takes the step of plain SGD for the weight itself,
             weight -= fused_step * gradient, and leaves `weight.grad` as it is. That saves writing and reading the
             largest gradient. For a layer used once per step.
 
-    State dict: `weight` in the shape of `filters`, and `bias` as (1, C_out, H_out, W_out).
+    State dict: views of `weight` in the shape of `filters`, and of `bias` as (1, C_out, H_out, W_out). With
+    `keep_vars=True` the parameters themselves. What a parametrization puts in their place is saved as it is.
 
     ====================================  ============================================================================
     works with
     ====================================  ============================================================================
     any optimiser, also LBFGS             and whatever flattens parameters: `parameters_to_vector`, pruning
+    `nn.init.kaiming_normal_` and others  by `reset_parameters(init)`; applied to the weight they find a wrong fan
+    parametrizations                      yes; `weight_norm(layer, dim=5)` has a norm for every output channel
     autocast                              as `nn.Conv2d`: computes in autocast's dtype
     second derivatives, Hessians          on every device; they take the plain form, which is slower
-    torch.compile, torch.export           they get the plain form
+    torch.compile, torch.export           they get the plain form; so do torch.jit.trace and both ONNX exporters
     activation checkpointing              yes, with and without reentry
     deepcopy, pickle, `functional_call`   yes; `functional_call` takes parameters, not a state dict
+    averages of weights (EMA)             yes; changing a state dict's tensors in place changes the layer
+    safetensors                           by `save_model`; `save_file` refuses the views of a state dict
     DistributedDataParallel               yes
     torch.func.grad, vmap, jvp            no: PyTorch says so in a RuntimeError; `unfolded` works with them
+    complex numbers                       no: ValueError; `unfolded` works with them
     ====================================  ============================================================================
-
-    With `fused_step` set, second derivatives, autocast and torch.compile are refused.
 
     Raises:
         ValueError: sizes that are not positive or no pairs, a kernel larger than the padded input, an input of
-            another size, or of another dtype than the weight.
+            another size, of another dtype than the weight, or complex; with `fused_step` also autocast,
+            parametrizations, and where the plain form is taken.
         RuntimeError: second derivatives with `fused_step`.
 
     Example:
@@ -121,33 +125,42 @@ class LocallyConnected2d(nn.Module):
         positive = (in_channels, out_channels, *self.input_size, *self.kernel_size, *self.stride, *self.dilation)
         if min(positive) < 1 or min(self.padding) < 0:
             raise ValueError("channels, sizes, stride and dilation must be at least 1, and padding at least 0")
-        height, width = (
+        self.output_size = tuple(
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(self.input_size, self.padding, self.dilation, self.kernel_size, self.stride)
         )
-        if min(height, width) < 1:
+        if min(self.output_size) < 1:
             raise ValueError(f"a kernel of {self.kernel_size} does not fit an input of {self.input_size}")
-        self.output_size = (height, width)
-        weight = torch.empty(height, width, *self.kernel_size, in_channels, out_channels, device=device, dtype=dtype)
-        self.weight = nn.Parameter(weight)
+        shape = (*self.output_size, *self.kernel_size, in_channels, out_channels)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias:
-            self.bias = nn.Parameter(torch.empty(height, width, out_channels, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(*self.output_size, out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.fused_step: float | None = None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw weight and bias anew, as `nn.Conv2d` does."""
+    def reset_parameters(self, init: Callable[[Tensor], Any] | None = None) -> None:
+        """Draw weight and bias anew, uniform in +-1/sqrt(C_in k_h k_w) as in `nn.Conv2d`.
+
+        `init`, such as `nn.init.kaiming_normal_`, then fills each position's filters, as (C_out, C_in, k_h, k_w).
+        """
+        weight = self.get_parameter("weight")  # AttributeError where it is parametrized: initialise it before
         bound = 1 / math.sqrt(self.in_channels * math.prod(self.kernel_size))
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+        if init is not None:
+            filters = weight.new_empty(self.out_channels, self.in_channels, *self.kernel_size)
+            for row in weight.detach():
+                for position in row:
+                    init(filters)
+                    position.copy_(filters.permute(2, 3, 1, 0))
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, input_size: int | tuple[int, int]) -> "LocallyConnected2d":
         """The layer that computes what `conv` computes on inputs of `input_size`, with its filter at every position.
 
-        Raises ValueError for a convolution with groups, padding other than zeros, or padding given as a word.
+        Frozen where `conv` is. Raises ValueError for groups, padding other than zeros, or padding given as a word.
         """
         if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             raise ValueError(f"{conv}: only groups=1 and zero padding given in numbers can be untied")
@@ -156,9 +169,9 @@ class LocallyConnected2d(nn.Module):
             conv.dilation, conv.bias is not None, conv.weight.device, conv.weight.dtype,
         )  # fmt: skip
         with torch.no_grad():
-            layer.weight.copy_(conv.weight.permute(2, 3, 1, 0))
+            layer.weight.copy_(conv.weight.permute(2, 3, 1, 0)).requires_grad_(conv.weight.requires_grad)
             if conv.bias is not None:
-                layer.bias.copy_(conv.bias)
+                layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
         return layer
 
     @property
@@ -176,13 +189,15 @@ class LocallyConnected2d(nn.Module):
         geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation, outputs)
         weight, bias, device = self.weight, self.bias, x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if self.fused_step is not None and (autocast or torch.compiler.is_compiling()):
-            raise ValueError("fused_step is for neither autocast nor torch.compile")
+        plain = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.fused_step is not None and (autocast or plain or not weight.is_leaf):
+            raise ValueError("fused_step is for neither autocast, torch.compile, tracing nor parametrizations")
         if autocast:
-            x, weight, bias = (_autocast(t, torch.get_autocast_dtype(device)) for t in (x, weight, bias))
-        if x.dtype != weight.dtype:
-            raise ValueError(f"the input is {x.dtype} and the weight {weight.dtype}; convert one of them")
-        if torch.compiler.is_compiling():
+            dtype = torch.get_autocast_dtype(device)
+            x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+        if x.dtype != weight.dtype or weight.is_complex():
+            raise ValueError(f"the input is {x.dtype} and the weight {weight.dtype}; they have to be alike and real")
+        if plain:
             return unfolded(x, weight, bias, geometry)
         out = _LocallyConnected.apply(x, weight, bias, geometry, self.fused_step)
         return out.permute(0, 3, 1, 2)  # here, as layers after this one may change a view of it in place
@@ -195,21 +210,23 @@ class LocallyConnected2d(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, _ in self.named_parameters():
-            destination[prefix + name] = _to_file(destination[prefix + name])
+        for name in ("weight", "bias"):
+            if not keep_vars and self._parameters.get(name) is not None:
+                destination[prefix + name] = _to_file(destination[prefix + name])
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
     ) -> None:
         state_dict = dict(state_dict)
-        for name, parameter in self.named_parameters():
-            saved, shape = state_dict.get(prefix + name), _to_file(parameter).shape
-            if isinstance(saved, Tensor) and saved.shape == shape:
-                state_dict[prefix + name] = _from_file(saved, self.kernel_size)
-            elif isinstance(saved, Tensor):
-                errors.append(f"size mismatch for {prefix + name}: {tuple(saved.shape)} instead of {tuple(shape)}")
-                del state_dict[prefix + name]
-                missing = []  # it is there, but does not fit
+        for name in ("weight", "bias"):
+            saved, parameter = state_dict.get(prefix + name), self._parameters.get(name)
+            if isinstance(saved, Tensor) and parameter is not None:
+                shape = _to_file(parameter).shape
+                if saved.shape == shape:
+                    state_dict[prefix + name] = _from_file(saved, self.kernel_size)
+                else:
+                    errors.append(f"size mismatch for {prefix + name}: {tuple(saved.shape)} instead of {tuple(shape)}")
+                    state_dict[prefix + name] = parameter
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
@@ -225,11 +242,6 @@ def _from_file(saved: Tensor, kernel: tuple[int, int]) -> Tensor:
     if saved.dim() == 4:
         return saved[0].permute(1, 2, 0).contiguous()
     return saved[0].unflatten(-1, kernel).permute(2, 3, 4, 5, 1, 0).contiguous()
-
-
-def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What autocast makes of the argument of a convolution: `dtype`, unless it is float64."""
-    return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
 
 class Geometry(NamedTuple):
@@ -252,6 +264,9 @@ class Geometry(NamedTuple):
     def patches(self, x: Tensor) -> Tensor:
         """What every output position sees of x (N, C, H, W), as (H_out, W_out, N, k_h * k_w * C); a copy."""
         x = self.pad(x)
+        if torch.jit.is_tracing():  # ONNX's older exporter unfolds nothing that was padded
+            x = F.unfold(x, self.kernel, self.dilation, 0, self.stride)  # (N, C * k_h * k_w, H_out * W_out)
+            return x.unflatten(2, self.outputs).unflatten(1, (-1, *self.kernel)).permute(4, 5, 0, 2, 3, 1).flatten(3)
         for dim in (0, 1):
             x = x.unfold(dim + 2, (self.kernel[dim] - 1) * self.dilation[dim] + 1, self.stride[dim])
             x = x[..., :: self.dilation[dim]]
@@ -401,12 +416,12 @@ class Patches:
         return grad_x.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _readers(g: Geometry, n: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which taps read which pixel of an input (n, C_in, height, width).
 
     Returns (the taps, as indices into (H_out, W_out, n, k_h, k_w) flattened, in the order of the pixels; for each pixel
-    where its taps begin). Remembered, as a CUDA graph cannot be captured while numbers are sent to the device.
+    where its taps begin). All are kept: CUDA graphs read them, and a capture must send no numbers to the device.
     """
     (k_h, k_w), _, _, _, (rows, columns) = g
     y, x = (torch.arange(o)[:, None] * s + torch.arange(k) * d - p for k, s, p, d, o in zip(*g))  # (outputs, kernel)
@@ -443,7 +458,10 @@ class _LocallyConnected(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph
             if ctx.fused_step is not None:
                 raise RuntimeError("fused_step takes its step in the backward pass; there are no second derivatives")
-            return *_differentiable_gradients(ctx.needs_input_grad[:3], x, weight, bias, g, grad), None, None
+            out = unfolded(x, weight, bias, g).permute(0, 2, 3, 1)
+            inputs = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
+            gradients = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+            return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
         rows, columns = g.outputs
         grad = grad.permute(1, 2, 0, 3)  # (H_out, W_out, N, C_out)
         if grad.stride(3) != 1:
@@ -461,13 +479,3 @@ class _LocallyConnected(torch.autograd.Function):
             if grad_bias.shape != bias.shape:
                 grad_bias = F.pad(grad_bias, (0, 0, 0, bias.shape[1] - columns, 0, bias.shape[0] - rows))
         return grad_x, grad_weight, grad_bias, None, None
-
-
-def _differentiable_gradients(
-    needed: tuple[bool, ...], x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, grad: Tensor
-) -> list[Tensor | None]:
-    """The gradients for x, weight and bias, themselves differentiable; None for what is not `needed`."""
-    out = unfolded(x, weight, bias, g).permute(0, 2, 3, 1)
-    inputs = [t for t, need in zip((x, weight, bias), needed) if need]
-    gradients = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
-    return [next(gradients) if need else None for need in needed]
