@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEMO = --dataset synthetic --epochs 12 --splits 1 3 6 --cnn_lr 0.05 --lc_lr 0.01 --batch_size 25
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench gpu
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -19,6 +19,9 @@ lint: .venv/installed-tests
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/step.py
+
+gpu: .venv/installed-tests
+	$(BIN)/python benchmarks/gpu.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'

@@ -4,6 +4,7 @@ Each takes the network, images (N, 3, 32, 32) and labels (N,), and returns a ste
 returns another, which waits for the loss and returns it.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -76,6 +77,7 @@ def with_layers(make: Callable) -> Callable:
 
 
 def jax_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes most of the GPU's memory
     try:
         import jax
         import jax.numpy as jnp
@@ -85,9 +87,7 @@ def jax_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
         raise Unavailable(f"this JAX computes on {jax.default_backend()} only")
     convs, dense = [m for m in net if isinstance(m, LocallyConnected2d)], net[-1]
     paddings = [m.padding[0] for m in net if isinstance(m, nn.ZeroPad2d)]
-    values = []
-    for weight, bias in map(in_file, convs):
-        values.append((weight[0].permute(0, 1, 4, 2, 3).flatten(1, 2), bias))  # (C_out, C_in k k, H, W)
+    values = [(w[0].permute(0, 1, 4, 2, 3).flatten(1, 2), b) for w, b in map(in_file, convs)]  # (C_out, C_in k k, H, W)
     values = [tuple(jnp.array(p.detach().cpu().numpy()) for p in v) for v in (*values, (dense.weight.T, dense.bias))]
     images, labels = jnp.array(x.cpu().numpy()), jnp.array(y.cpu().numpy())
 
@@ -114,6 +114,8 @@ def jax_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
 
 
 def keras_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes all of the GPU's memory
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         import tensorflow as tf
         import tf_keras as keras

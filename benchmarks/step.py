@@ -1,16 +1,14 @@
 """One training step of the study's networks beside every other way to compute it, and beside the hardware's floor.
 
-    make bench                                                       all of it, on the CPU
-    python benchmarks/step.py --rounds 3 --skip broadcast --no_memory    a first look, in a minute
-    python benchmarks/step.py --device cuda --precision tf32         on a GPU; not yet run on one
+    make bench                                                   all of it, on the CPU
+    python benchmarks/step.py --rounds 3 --skip broadcast        a first look, in a minute
+    python benchmarks/step.py --device cuda --precision tf32     on a GPU; not yet run on one
 
 A step is forward, backward and SGD on one batch of 250 images. Before anything is timed, every implementation starts
 from the same weights, and its loss before and after one step has to be the reference's. Then rounds: in each, the
 machine's own matrix product and every implementation, one after another, so that all see the same machine. Ratios are
-taken within a round; medians over the rounds are printed, with the smallest and the largest. Memory is the peak of a
-fresh process that holds the whole data set and takes two steps (on CUDA what torch allocated), the data set not
-counted.
-JAX and tf-keras are optional: pip install -r benchmarks/requirements.txt
+taken within a round; medians over the rounds are printed, with the smallest and the largest. Memory, on CUDA, is the
+peak of what torch allocates for two steps, weights included. JAX and tf-keras are optional (requirements.txt).
 """
 
 import argparse
@@ -21,7 +19,6 @@ import platform
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +27,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import torch
 from torch import Tensor, nn
@@ -39,20 +35,15 @@ from models import skinnyprime
 from peers import IMAGE, LR, Broadcast, Unavailable, Unfold, autograd_step, jax_step, keras_step, with_layers
 from rnorm.conversions import untie
 from rnorm.devices import pick_device, set_precision
-from rnorm.fast import Step, streamline
-from rnorm.layers import layer_shapes
-from rnorm.measure import training_flop, weighted_layers
+from rnorm.fast import Step
+from rnorm.layers import LocallyConnected2d, layer_shapes
 
-BATCH, DATASET = 250, 50_000
-
-
-def streamlined_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
-    return autograd_step(streamline(net, IMAGE), x, y)
+BATCH = 250
 
 
 def channels_last_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
-    channels_last = torch.channels_last
-    return autograd_step(net.to(memory_format=channels_last), x.contiguous(memory_format=channels_last), y)
+    net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    return autograd_step(net, x, y)
 
 
 def training_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
@@ -74,7 +65,6 @@ STEPS = {
     "eLCN: Keras 2 `LocallyConnected2D(implementation=1)`": ("eLCN", keras_step),
     "eLCN: PyTorch unfold + `baddbmm`": ("eLCN", with_layers(Unfold)),
     "eLCN: `LocallyConnected2d` in any network": ("eLCN", autograd_step),
-    "eLCN: the same, streamlined": ("eLCN", streamlined_step),
     "eLCN" + OURS: ("eLCN", training_step),
     "CNN: PyTorch": ("CNN", autograd_step),
     "CNN: PyTorch, channels_last": ("CNN", channels_last_step),
@@ -95,8 +85,7 @@ def build(name: str, device: torch.device) -> Callable:
     """The implementation's step; raises Unavailable if it cannot run here."""
     network, make = STEPS[name]
     if "broadcast" in name:
-        meminfo = Path("/proc/meminfo").read_text()
-        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo).group(1))
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
         if (torch.cuda.mem_get_info()[0] if device.type == "cuda" else free) < 16e9:
             raise Unavailable("less than the 16 GB of memory free that it needs")
     return make(*inputs(device, network))
@@ -120,8 +109,7 @@ def seconds(step: Callable, at_least: float = 0.3) -> float:
     once = time.perf_counter() - start
     if once > 2:  # nothing to settle
         return once
-    calls = max(1, round(at_least / once))
-    start = time.perf_counter()
+    calls, start = max(1, round(at_least / once)), time.perf_counter()
     for _ in range(calls):
         wait = step()
     wait()
@@ -151,28 +139,13 @@ def floors(net: nn.Sequential, flop_rate: float, bandwidth: float) -> tuple[floa
 
     For the eLCN. The CNN has the same arithmetic, and next to no weights.
     """
-    shapes = layer_shapes(net, IMAGE)
-    read = sum(math.prod(shapes[i]) for i, _, _ in weighted_layers(net, IMAGE))
-    moved = 4 * (3 * sum(p.numel() for p in net.parameters()) + 2 * BATCH * read)
-    return BATCH * training_flop(net, IMAGE) / flop_rate, moved / bandwidth
-
-
-def peak_memory(name: str, device: torch.device) -> int:
-    """Peak memory in bytes of this process, which should be a fresh one, without the data set."""
-    data = torch.ones(DATASET, *IMAGE)
-    step = build(name, device)
-    for _ in range(2):
-        step()()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    # not getrusage's ru_maxrss, which a process inherits from the one that started it
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1)) - data.nbytes
-
-
-def peak_memory_of_process(name: str, device: torch.device) -> str:
-    command = [sys.executable, __file__, "--device", device.type, "--memory_of", name]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return f"{int(result.stdout.split()[-1]) / 1e9:.2f} GB" if result.returncode == 0 else "not measured"
+    shapes, flop, inputs = layer_shapes(net, IMAGE), 0, 0
+    for i, layer in enumerate(net):
+        if isinstance(layer, LocallyConnected2d | nn.Linear):
+            flop += 2 * layer.weight.numel() * (3 if flop else 2)  # the images need no gradient
+            inputs += math.prod(shapes[i])
+    moved = 4 * (3 * sum(p.numel() for p in net.parameters()) + 2 * BATCH * inputs)
+    return BATCH * flop / flop_rate, moved / bandwidth
 
 
 def machine(device: torch.device) -> str:
@@ -183,61 +156,61 @@ def machine(device: torch.device) -> str:
     for package in ("torch", "jax", "tensorflow", "tf-keras"):
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
-    return (
-        f"{cpu} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads of {os.cpu_count()}, "
-        f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB{gpu}; {', '.join(versions)}; "
-        f"{date.today()}; load before {os.getloadavg()[0]:.1f}\n\n    {shlex.join(['python', *sys.argv])}\n"
-    )
+    threads = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    when = f"{date.today()}; load before {os.getloadavg()[0]:.1f}"
+    command = shlex.join(["python", *sys.argv])
+    return f"{cpu} ({threads}){gpu}; {', '.join(versions)}; {when}\n\n    {command}\n"
 
 
 def spread(values: list[float]) -> str:
-    """The median, and the smallest and the largest, as two columns of a table."""
+    """The median, and the smallest and the largest: two columns of a table."""
     return f"{statistics.median(values):.3g} | {min(values):.3g} .. {max(values):.3g}"
 
 
 def prepare(skip: list[str], device: torch.device, precision: str) -> tuple[dict[str, Callable], dict[str, str]]:
-    """The checked implementations whose names have no word of `skip`, and why others are missing."""
-    steps, missing = {}, {}
-    for name in STEPS:
-        if not any(word.lower() in name.lower() for word in skip):
-            try:
-                set_precision("float32")
-                check(name, device)
-                set_precision(precision)
-                steps[name] = build(name, device)
-                steps[name]()()  # compiles, captures
-                print(f"computes what it should: {name}", file=sys.stderr)
-            except Unavailable as reason:
-                missing[name] = str(reason)
-    return steps, missing
+    """The checked implementations whose names have no word of `skip`, and of each the memory, or what is amiss."""
+    steps, notes, cuda = {}, {}, device.type == "cuda"
+    for name in [name for name in STEPS if not any(word.lower() in name.lower() for word in skip)]:
+        try:
+            set_precision("float32")
+            check(name, device)
+            set_precision(precision)
+            before = torch.cuda.memory_allocated() if cuda else 0
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            step = steps[name] = build(name, device)
+            step()()  # compiles, captures
+            step()()
+            notes[name] = f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.2f} GB" if cuda else ""
+        except Unavailable as reason:
+            notes[name] = str(reason)
+    return steps, notes
 
 
 def measure(steps: dict[str, Callable], rounds: int, slow_rounds: int, device: torch.device) -> list[dict[str, float]]:
     """For each round the ceilings, the floors and every step's seconds, by name."""
     net, results = inputs(torch.device("cpu"), "eLCN")[0], []
     for i in range(rounds):
-        print(f"round {i + 1} of {rounds}", file=sys.stderr)
         rate, bandwidth = ceilings(device)
         arithmetic, traffic = floors(net, rate, bandwidth)
-        now = {"rate": rate, "bandwidth": bandwidth, "arithmetic": arithmetic, "traffic": traffic}
         fast = [name for name in steps if i < slow_rounds or min(r[name] for r in results if name in r) < 2]
-        now |= {name: seconds(steps[name]) for name in fast}
-        results.append(now)
+        now = {name: seconds(steps[name]) for name in fast}
+        results.append(now | {"rate": rate, "bandwidth": bandwidth, "arithmetic": arithmetic, "traffic": traffic})
     return results
 
 
-def print_table(steps: dict, missing: dict, results: list[dict[str, float]], memory_of: Callable[[str], str]) -> None:
-    print(f"| one step, batch {BATCH} | ms | min .. max | times the floor | min .. max | times ours | peak memory |")
+def print_table(steps: dict, notes: dict[str, str], results: list[dict[str, float]]) -> None:
+    print(f"| one step, batch {BATCH} | ms | min .. max | times the floor | min .. max | times ours | memory |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, reason in missing.items():
-        print(f"| {name} | {reason} | | | | | |")
-    for name in steps:
+    for name, note in notes.items():
+        if name not in steps:
+            print(f"| {name} | {note} | | | | | |")
+            continue
         there, ours = [r for r in results if name in r], name.split(":")[0] + OURS
         ratios = [r[name] / max(r["arithmetic"], r["traffic"]) for r in there]
         to_ours = [r[name] / r[ours] for r in there if ours in r]
         times_ours = f"{statistics.median(to_ours):.3g}" if to_ours else ""
-        columns = [spread([1e3 * r[name] for r in there]), spread(ratios), times_ours, memory_of(name)]
-        print(f"| {name} | {' | '.join(columns)} |", flush=True)
+        print(f"| {name} | {spread([1e3 * r[name] for r in there])} | {spread(ratios)} | {times_ours} | {note} |")
     for key, text in (("arithmetic", "arithmetic at the rate of a matrix product"), ("traffic", "bytes of the eLCN")):
         print(f"| floor: {text} | {spread([1e3 * r[key] for r in results])} | | | | |")
     rate, bandwidth = (statistics.median(r[key] for r in results) / 1e9 for key in ("rate", "bandwidth"))
@@ -249,20 +222,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
     parser.add_argument("--slow_rounds", type=int, default=2, help="rounds of steps over 2 seconds (default: 2)")
     parser.add_argument("--skip", nargs="+", default=[], metavar="WORD", help="leave out rows with these words")
-    parser.add_argument("--no_memory", action="store_true", help="do not measure memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("float32", "tf32"), default="float32", help="on CUDA")
-    parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = pick_device(args.device)
-    if args.memory_of:
-        print(peak_memory(args.memory_of, device))
-        return
     print(machine(device), flush=True)
-    steps, missing = prepare(args.skip, device, args.precision)
-    results = measure(steps, args.rounds, args.slow_rounds, device)
-    memory_of = (lambda name: "") if args.no_memory else lambda name: peak_memory_of_process(name, device)
-    print_table(steps, missing, results, memory_of)
+    steps, notes = prepare(args.skip, device, args.precision)
+    print_table(steps, notes, measure(steps, args.rounds, args.slow_rounds, device))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """The same network with less work: what makes a training step cost what its arithmetic costs.
 
 `streamline` rewrites a network around its parameters; `Step` takes training steps of one network. Neither changes a
-result beyond rounding (`tests/test_fast.py`); `benchmarks/README.md` says what each is worth.
+result beyond rounding (`tests/test_fast.py`); `benchmarks/README.md` has the times.
 """
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
+import functools
+import os
+import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +105,26 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
 
 
+def _why_no_graph() -> str:
+    """Why steps on this machine are not to be captured as CUDA graphs; "" where they are."""
+    if os.environ.get("RNORM_CUDA_GRAPH") == "0":
+        return "RNORM_CUDA_GRAPH=0"
+    if torch.version.hip:
+        return f"replays on ROCm {torch.version.hip} are reported to leak memory"
+    return ""
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all warm-ups, one for all networks, as cuBLAS keeps memory for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 class Step:
     """One training step of a network: `step(x, y)` for x of shape (N, C, H, W) and labels y (N,).
 
@@ -111,11 +134,13 @@ class Step:
         lr: the learning rate of plain SGD, or a list of them, one for each of net.parameters(), in that order.
         batch_size: images in a whole batch.
         optimizer: if given, its step is taken instead, and `lr` does not count.
+        graph: False to capture no CUDA graph, such as where each of many networks would keep one.
 
     In plain SGD the locally connected layers update their weights within the backward pass
     (`LocallyConnected2d.fused_step`), and on CUDA the step is captured once as a CUDA graph, with the first whole
-    batch, and replayed; any other batch, such as the last of an epoch, runs without the graph. Nothing in a step waits
-    for the device: the losses are added up there in `loss_sum`, which `take_loss` reads.
+    batch, and replayed. A batch of another size, such as the last of an epoch, is computed without the graph. So are
+    all where none can be captured: on ROCm, with RNORM_CUDA_GRAPH=0, and where torch fails to; a line on stderr says
+    so. Nothing in a step waits for the device: the losses are added up there in `loss_sum`, which `take_loss` reads.
 
     Raises ValueError for a list of learning rates of another length than the parameters.
     """
@@ -127,6 +152,7 @@ class Step:
         lr: float | Sequence[float],
         batch_size: int,
         optimizer: torch.optim.Optimizer | None = None,
+        graph: bool = True,
     ):
         keep_freed_memory()
         self.net, self.batch_size, self.optimizer = streamline(net, image_shape), batch_size, optimizer
@@ -136,18 +162,19 @@ class Step:
             raise ValueError(f"{len(self.lrs)} learning rates for {len(self.parameters)} parameters")
         self.untied = [m for m in net.modules() if isinstance(m, LocallyConnected2d)]
         self.loss_sum = torch.zeros((), device=self.parameters[0].device)
-        self.one = torch.ones_like(self.loss_sum, dtype=self.parameters[0].dtype)
+        self.captures = graph and optimizer is None and self.loss_sum.is_cuda
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
-        if x.device.type != "cuda" or len(x) != self.batch_size or self.optimizer is not None:
+        whole = len(x) == self.batch_size
+        if whole and self.captures and self.graph is None:
+            self.graph = self._capture(x, y)
+        if whole and self.graph is not None:
+            self.x.copy_(x)
+            self.y.copy_(y)
+            self.graph.replay()
+        else:
             self._eager(x, y)
-            return
-        if self.graph is None:
-            self._capture(x, y)
-        self.x.copy_(x)
-        self.y.copy_(y)
-        self.graph.replay()
 
     def take_loss(self) -> float:
         """The sum of the losses of the steps since the last call."""
@@ -166,8 +193,7 @@ class Step:
             for layer in self.untied:
                 layer.fused_step = None
         self.net.zero_grad()
-        # An explicit gradient spares a GPU a kernel, but makes torch import its compiler, which takes seconds.
-        loss.backward(None if layers.on_cpu(x) else self.one)
+        loss.backward()
         if self.optimizer is None:
             self._descend()
         else:
@@ -183,19 +209,48 @@ class Step:
             if chosen:
                 torch._foreach_sub_(chosen, [p.grad for p in chosen], alpha=lr)
 
-    def _capture(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x.clone(), y.clone()
-        weights = [p.detach().clone() for p in self.parameters]
-        side = torch.cuda.Stream()  # a capture wants a few steps on a stream of their own first; they are undone
+    def _capture(self, x: Tensor, y: Tensor) -> torch.cuda.CUDAGraph | None:
+        """A step as a CUDA graph that reads `self.x` and `self.y`; nothing else changes.
+
+        None where there can be no graph; then `captures` is False from now on, and a line on stderr says why.
+        """
+        reason = _why_no_graph()
+        if not reason:
+            self.x, self.y = x.clone(), y.clone()
+            with self._as_before(x.device):
+                self._warm_up(_side_stream(x.device))
+                graph = torch.cuda.CUDAGraph()
+                try:
+                    # Some versions of torch leave the capture's stream the current one where a capture fails.
+                    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                        self._eager(self.x, self.y)
+                    return graph
+                except RuntimeError as error:
+                    reason = str(error.__context__ or error).partition("\n")[0]  # the first error tells more
+                    # Some leave the random generator waiting for the capture's end; a copy of its state does not wait.
+                    generator = torch.cuda.default_generators[x.device.index]
+                    generator.graphsafe_set_state(generator.clone_state())
+        self.captures = False
+        _say_once(f"steps are computed without a CUDA graph: {reason}")
+        return None
+
+    def _warm_up(self, side: torch.cuda.Stream) -> None:
+        """A few steps on another stream than the capture's, which a capture wants to come after."""
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 self._eager(self.x, self.y)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.no_grad():
-            for parameter, weight in zip(self.parameters, weights):
-                parameter.copy_(weight)
-        self.loss_sum.zero_()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._eager(self.x, self.y)
+
+    @contextlib.contextmanager
+    def _as_before(self, device: torch.device) -> Iterator[None]:
+        """At its end, put back what steps change: parameters, buffers, the sum of the losses, random states."""
+        changed = [*self.parameters, *self.net.buffers(), self.loss_sum]
+        before = [tensor.detach().clone() for tensor in changed]
+        with torch.random.fork_rng([device]):
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for tensor, value in zip(changed, before):
+                        tensor.copy_(value)

@@ -3,12 +3,25 @@ import shutil
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: no test computes on a GPU
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import numpy as np
 import pytest
 from forked import Server
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "the same examples in every run", derandomize="FUZZ_CASES" not in os.environ, database=None, deadline=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+settings.load_profile("the same examples in every run")
+
+
+def pytest_configure(config):
+    """`pytest -m cuda` computes on a GPU. From all other tests, and from what they start, GPUs are hidden."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch has not looked for them yet
+
 
 SMALL = ("--network", "small", "--device", "cpu", "--epochs", 3, "--n_splits", 2, "--batch_size", 10)
 """A study of three networks, 6 steps an epoch: the CNN, the eLCN from 1 and the eLCN from 3."""
@@ -26,11 +39,9 @@ def make_arrays(train: int = 60, test: int = 30, classes: int = 3, seed: int = 0
 
 
 @pytest.fixture
-def npz(tmp_path):
-    """The path of a data set of 60 + 30 images of 3 classes."""
-    path = tmp_path / "tiny.npz"
-    np.savez(path, **make_arrays())
-    return path
+def npz(data, tmp_path):
+    """A copy of `data` of a test's own."""
+    return Path(shutil.copy(data, tmp_path))
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +53,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """As `npz`, once for all."""
+    """The path of a data set of 60 + 30 images of 3 classes."""
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
     np.savez(path, **make_arrays())
     return path
