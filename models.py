@@ -1,9 +1,10 @@
 """The networks of the study, by name. To add one of your own, write a function like `skinnyprime` and list it below.
 
-A network is made of Conv2d (groups=1), pooling, padding, ReLU, dropout, flatten and Linear layers for images of shape
-(3, 32, 32). `load_network` turns a checkpoint of any of them, converted or not, into a module ready to use.
+A network takes images of shape (3, 32, 32) and is made of the LAYERS of rnorm/conversions.py. `load_network` turns a
+checkpoint of any of them, converted or not, into a module ready to use.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rnorm.checkpoints import load, load_weights
-from rnorm.conversions import find_conversion
+from rnorm.conversions import check_layers, find_conversion, layers_of
 from rnorm.files import Damaged, RnormError
+from rnorm.measure import training_flop
 
 IMAGE_SHAPE = (3, 32, 32)
 
@@ -62,10 +64,46 @@ NETWORKS = {"skinnyprime": skinnyprime, "alexnetprime": alexnetprime}
 
 
 def make_network(name: str, num_classes: int) -> ConvNet:
-    """A network of NETWORKS with fresh weights; raises RnormError if there is none of that name."""
+    """A network of NETWORKS with fresh weights.
+
+    Raises RnormError if there is none of that name, or if it cannot be trained and measured here.
+    """
     if name not in NETWORKS:
         raise RnormError(f"{name}: no such network in models.py; there are {', '.join(NETWORKS)}")
-    return NETWORKS[name](num_classes)
+    model = NETWORKS[name](num_classes)
+    layers = getattr(model, "net", None)
+    outside = [key for key in model.state_dict() if not key.startswith("net.")]
+    if type(model).forward is not ConvNet.forward or type(layers) is not nn.Sequential or outside:
+        raise RnormError(f"{name}: it has to be a ConvNet, with all its layers in `net` and no forward of its own")
+    try:
+        check_layers(layers)
+    except ValueError as error:
+        raise RnormError(f"{name}: {error}") from None
+    for layer in layers:
+        if getattr(layer, "inplace", False):
+            layer.inplace = False  # what stands before the first layer with weights would change the images
+    return model
+
+
+def converted_network(name: str, conversion: str, num_classes: int) -> nn.Module:
+    """What a conversion makes of a network of NETWORKS; the network itself for "".
+
+    Raises RnormError as `make_network` does, and ValueError for a conversion that cannot be.
+    """
+    model = make_network(name, num_classes)
+    return find_conversion(conversion).convert(model, IMAGE_SHAPE) if conversion else model
+
+
+@functools.lru_cache
+def size_of(network: str, conversion: str) -> tuple[int, int]:
+    """(number of parameters, FLOP of training on one image) of a network for ten classes.
+
+    Raises what `converted_network` does.
+    """
+    # A network is made for it. (On torch's meta device shapes alone would do, but that imports torch's compiler,
+    # seconds in every process.)
+    model = converted_network(network, conversion, 10)
+    return sum(p.numel() for p in model.parameters()), training_flop(layers_of(model), IMAGE_SHAPE)
 
 
 def load_network(path: Path | str) -> nn.Module:
@@ -81,11 +119,11 @@ def load_network(path: Path | str) -> nn.Module:
         raise RnormError(f"{path} is damaged ({damage})") from None
     network, conversion = network_and_conversion(path)
     try:
-        bias = list(state["weights"].values())[-1]  # that of the last Linear layer
-        model = make_network(network, len(bias)).to(bias.dtype)
-        if conversion:
-            model = find_conversion(conversion).convert(model, IMAGE_SHAPE)
-        load_weights(model, state)
+        model = converted_network(network, conversion, 10)
+        last, of_ten = (list(weights.values())[-1] for weights in (state["weights"], model.state_dict()))
+        if last.shape != of_ten.shape:  # a last layer grows with the number of classes
+            model = converted_network(network, conversion, 10 * last.numel() // of_ten.numel())
+        load_weights(model.to(last.dtype), state)
     except (Damaged, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise RnormError(f"{path} is no checkpoint of {network} ({error})") from None
     return model.eval()

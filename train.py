@@ -1,50 +1,92 @@
 """Training: one network, from wherever it stands to its last epoch, recorded and saved on the way."""
 
+import io
 import math
 import sys
-import time
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from models import make_network, size_of
 from rnorm.checkpoints import Track
-from rnorm.cli import ENVIRONMENT, Interrupted, Stop, check_signals, is_out_of_memory
+from rnorm.cli import ENVIRONMENT, Stop, check_signals, is_out_of_memory, note_progress
 from rnorm.data import Data
-from rnorm.devices import describe, several_gpus_note
+from rnorm.devices import describe, set_precision, several_gpus_note
 from rnorm.fast import Step
 from rnorm.measure import evaluate
-from rnorm.runs import (
-    AnotherRun, Member, Settings, begin_session, diverged_at, environment, network_status, note_network, write_config,
-)  # fmt: skip
-
-SAVE_EVERY = 30.0  # seconds of work that a killed process can lose
+from rnorm.runs import Member, Settings, environment, write_config
 
 
-@dataclass(frozen=True)
-class Session:
-    """One process's work on one run."""
+class Progress:
+    """What a person sees: one bar for all that a command trains, in FLOP; in a file, a line for each evaluation.
 
-    run: Path
-    settings: Settings
-    data: Data
-    device: torch.device
-    keep: str | None = None  # which checkpoints of converted networks stay: all, last, or as the conversion has it
-    work: dict[Member, float] = field(default_factory=dict)  # what this process trains, in order, and its FLOP
+    `members` are trained in their order, with `images` in an epoch. What was done before counts as done, but not at
+    this speed, so tqdm's estimate is the time to the end of everything.
+    """
 
-    def begin(self, dataset_file: str | None = None) -> None:
-        """Write or compare config.json, and note the session in status.json."""
-        here = environment(describe(self.device), torch.get_num_threads())
-        try:
-            write_config(self.run, self.settings, self.data.sha256, dataset_file, here)
-        except AnotherRun as error:
-            remedy = "give the same data and settings, or use another --results_dir, or --fresh to delete it"
-            raise Stop(f"{error}; {remedy}") from None
-        begin_session(self.run, str(self.device))
-        if note := several_gpus_note(self.device):
-            print(f"{note}; run_all.sh --split-jobs uses more")
+    def __init__(self, members: list[Member], images: int):
+        self.images, self.terminal = images, sys.stdout.isatty()
+        self.flop = {member: size_of(member.settings.network, member.conversion)[1] for member in members}  # an image's
+        self.bar = tqdm(
+            total=sum(map(self.work, members)), unit="FLOP", unit_scale=True, smoothing=0, dynamic_ncols=True,
+            file=sys.stdout if self.terminal else io.StringIO(), bar_format=None if self.terminal else "{remaining}",
+            leave=False, delay=0.01,  # until there is something to show, messages have the line
+        )  # fmt: skip
+
+    def work(self, member: Member) -> int:
+        """The FLOP that all of a network's training takes."""
+        return member.epochs * self.images * self.flop[member]
+
+    def begin(self, track: Track) -> None:
+        """Show the network of `track`, and count as done what it has done."""
+        self.member = track.member
+        done = self.work(self.member)
+        if not track.ended:
+            images = track.epoch * self.images + track.step * self.member.settings.batch_size
+            done = images * self.flop[self.member]
+        self.bar.n += done
+        self.bar.initial += done
+        place = list(self.flop).index(self.member) + 1
+        self.name = f"{self.member.label} ({place} of {len(self.flop)})"
+        self.bar.set_description(self.name, refresh=False)
+
+    def stepped(self, images: int) -> None:
+        note_progress()
+        self.bar.update(images * self.flop[self.member])
+
+    def recorded(self, track: Track, values: dict[str, float]) -> None:
+        note_progress()
+        text = f"epoch {track.epoch}/{self.member.epochs}"
+        text += f", loss {values['train_loss']:.3f}, test {values['test_acc']:.2f} %"
+        if self.terminal:
+            self.bar.set_postfix_str(text)
+        else:
+            print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self.name}: {text}, {self.bar} left in all", flush=True)
+
+    def skip(self, member: Member) -> None:
+        """Leave out a network that will not be trained."""
+        self.bar.total -= self.work(member)
+
+
+def begin(run: Path, settings: Settings, data: Data, dataset_file: str | None) -> None:
+    """Write or compare the run's config.json, and set the precision of products."""
+    device = data.x_train.device
+    layers = [repr(layer) for layer in start_cnn(settings, data).net]
+    config = {"data_sha256": data.sha256, "layers": layers, "dataset_file": dataset_file}
+    write_config(run, settings, config | environment(describe(device), torch.get_num_threads()))
+    set_precision(settings.precision)
+    if note := several_gpus_note(device):
+        print(f"{note}; docs/cluster.md tells how to use more")
+
+
+def start_cnn(settings: Settings, data: Data) -> nn.Module:
+    """The CNN of these settings before any training, on the device of `data`."""
+    torch.manual_seed(settings.seed)
+    cnn = make_network(settings.network, data.num_classes)
+    return cnn.to(data.x_train.device, data.x_train.dtype, memory_format=torch.channels_last)
 
 
 def epoch_order(n: int, settings: Settings, epoch: int) -> torch.Tensor | None:
@@ -55,34 +97,39 @@ def epoch_order(n: int, settings: Settings, epoch: int) -> torch.Tensor | None:
     return torch.randperm(n, generator=generator)
 
 
-def train(track: Track, session: Session) -> bool:
+def make_step(track: Track, data: Data) -> Step:
+    size = track.member.settings.batch_size
+    return Step(track.net, data.image_shape, track.rates, batch_size=size, optimizer=track.optimizer)
+
+
+def train(track: Track, data: Data, progress: Progress) -> bool:
     """Train `track` to its last epoch; returns whether its loss stayed finite.
 
-    Evaluates and checkpoints at the network's evaluations, saves `latest.pyT` every SAVE_EVERY seconds and when
-    interrupted. Once per epoch the loss is read from the device and checked: a network that diverged ends there and
-    its history so far stays. Repeating the call finds that in status.json and trains nothing.
+    Evaluates and checkpoints at the network's evaluations, saves `latest.pyT` now and then and when interrupted. Once
+    per epoch the loss is read from the device and checked: a network that diverged ends there, and its history says so.
+    A network that has ended is not trained.
     """
     member = track.member
+    progress.begin(track)
     if track.ended:
-        if not track.complete:
-            print(f"{member.label}: diverged in epoch {diverged_at(track.run, member)}")
-            return False
-        if network_status(track.run, member).get("state") != "complete":  # killed before it was noted
-            note_network(track.run, member, state="complete", epoch=member.epochs)
-        print(f"{member.label}: complete")
-        return True
+        print(f"{member.label}: {f'diverged in epoch {track.evaluated[-1]}' if track.diverged else 'complete'}")
+        return not track.diverged
     if track.history:
         print(f"{member.label}: continues in epoch {min(track.epoch + 1, member.epochs)}")
-    step = make_step(track, session)
-    progress = Progress(track, session)
+    step = make_step(track, data)
     try:
-        finite = True
-        while finite and not track.complete:
+        while not track.ended:
             if track.due:
-                finite = evaluate_and_record(track, step, session, progress)
+                values = evaluate(track.net, step.net, data)
+                finite = math.isfinite(values["train_loss"] + values["test_loss"])
+                if finite:
+                    track.record(values)
+                    progress.recorded(track, values)
             else:
-                finite = train_epoch(track, step, session, progress)
-    except Interrupted:
+                finite = train_epoch(track, step, data, progress)
+            if not finite:
+                track.record_divergence()
+    except KeyboardInterrupt:
         track.save_latest()
         raise
     except (MemoryError, RuntimeError) as error:
@@ -92,31 +139,21 @@ def train(track: Track, session: Session) -> bool:
         message = f"{member.label}: out of memory; lower --batch_size. What was saved before is intact"
         raise Stop(message, ENVIRONMENT) from None
     finally:
-        progress.close()
-        track.writer.wait()
-    seconds = progress.total_seconds
-    if finite:
-        note_network(track.run, member, state="complete", epoch=track.epoch, seconds=seconds)
-    else:
-        track.discard_latest()
-        note_network(track.run, member, state="diverged", diverged_at=track.epoch, seconds=seconds)
-        lower = f"the loss is no longer finite in epoch {track.epoch}; lower its learning rate"
-        print(f"{member.label}: {lower}", file=sys.stderr)
-    return finite
+        track.wait()
+        progress.bar.clear()
+    if track.diverged:
+        remedy = "lower its learning rate"
+        print(f"{member.label}: the loss is no longer finite in epoch {track.epoch}; {remedy}", file=sys.stderr)
+    return not track.diverged
 
 
-def make_step(track: Track, session: Session) -> Step:
-    size = session.settings.batch_size
-    return Step(track.net, session.data.image_shape, track.rates, batch_size=size, optimizer=track.optimizer)
-
-
-def train_epoch(track: Track, step: Step, session: Session, progress: "Progress | None" = None) -> bool:
+def train_epoch(track: Track, step: Step, data: Data, progress: Progress | None = None) -> bool:
     """Train to the end of the epoch that `track` stands in; returns whether the loss is finite.
 
     `progress`, if given, is told of every step, and `latest.pyT` is saved now and then.
     """
-    x, y, size = session.data.x_train, session.data.y_train, session.settings.batch_size
-    order = epoch_order(len(x), session.settings, track.epoch)
+    x, y, size = data.x_train, data.y_train, track.member.settings.batch_size
+    order = epoch_order(len(x), track.member.settings, track.epoch)
     if order is not None:
         order = order.to(x.device)
     track.net.train()
@@ -128,92 +165,7 @@ def train_epoch(track: Track, step: Step, session: Session, progress: "Progress 
         step(x[batch], y[batch])
         track.step += 1
         if progress:
-            progress.stepped()
+            progress.stepped(len(y[batch]))
+            track.save_now_and_then()
     track.epoch, track.step = track.epoch + 1, 0
     return math.isfinite(step.take_loss())
-
-
-def evaluate_and_record(track: Track, step: Step, session: Session, progress: "Progress") -> bool:
-    """Evaluate and record, unless the loss is no longer finite; returns whether it is."""
-    values = evaluate(track.net, step.net, session.data)
-    if not math.isfinite(values["train_loss"] + values["test_loss"]):
-        return False
-    track.record(values, progress.total_seconds)
-    progress.recorded(values)
-    return True
-
-
-class Progress:
-    """What a person sees of one network's training: a bar on a terminal, lines with the time in a file."""
-
-    def __init__(self, track: Track, session: Session):
-        self.track, self.session, self.started, self.last_save = track, session, time.monotonic(), time.monotonic()
-        member = track.member
-        seconds = network_status(track.run, member).get("seconds")
-        self.seconds_before = seconds if isinstance(seconds, float) else 0.0
-        steps = math.ceil(len(session.data.x_train) / session.settings.batch_size)
-        self.first = track.epoch + track.step / steps
-        self.place, self.later = "", []
-        if member in session.work:
-            work = list(session.work)
-            number = work.index(member) + 1
-            self.place = f"network {number} of {len(work)}"
-            self.later = [other for other in work[number:] if not self._ended(other)]
-        self.bar = tqdm(
-            total=member.epochs * steps, initial=track.epoch * steps + track.step, unit="step", file=sys.stdout,
-            desc=f"{member.label}, {self.place}" if self.place else member.label,
-            disable=not sys.stdout.isatty(), dynamic_ncols=True, mininterval=0.3,
-        )  # fmt: skip
-
-    def _ended(self, member: Member) -> bool:
-        return network_status(self.track.run, member).get("state") in ("complete", "diverged")
-
-    @property
-    def total_seconds(self) -> float:
-        """Time spent on the network, in all sessions."""
-        return round(self.seconds_before + time.monotonic() - self.started, 3)
-
-    def stepped(self) -> None:
-        self.bar.update()
-        if time.monotonic() - self.last_save > SAVE_EVERY:
-            self.track.save_latest()
-            self.last_save = time.monotonic()
-
-    def recorded(self, values: dict[str, float]) -> None:
-        track, member = self.track, self.track.member
-        self.last_save = time.monotonic()
-        text = f"epoch {track.epoch}/{member.epochs}, loss {values['train_loss']:.3f}, test {values['test_acc']:.2f} %"
-        text += self._time_left()
-        if self.bar.disable:
-            place = f" ({self.place})" if self.place else ""
-            print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {member.label}{place}: {text}", flush=True)
-        else:
-            self.bar.set_postfix_str(text)
-
-    def _time_left(self) -> str:
-        """Time left to this network, and when all is done, at the present rate; empty until an epoch is done."""
-        track, work = self.track, self.session.work
-        epochs_done = track.epoch - self.first
-        if epochs_done <= 0:
-            return ""
-        seconds = time.monotonic() - self.started
-        left = left_in_all = seconds / epochs_done * (track.member.epochs - track.epoch)
-        text = f", {duration(left)} left"
-        if self.later:
-            flop_per_second = work[track.member] / track.member.epochs * epochs_done / seconds
-            left_in_all += sum(work[member] for member in self.later) / flop_per_second
-            text += f", {duration(left_in_all)} in all"
-        return f"{text}, until {datetime.now() + timedelta(seconds=left_in_all):%a %H:%M}"
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 40 s, 12 min, 3 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"

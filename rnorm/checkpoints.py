@@ -1,7 +1,9 @@
 """Checkpoints and histories: written whole, read with suspicion, and enough to continue a network from."""
 
 import io
+import math
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -12,10 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rnorm.cli import is_out_of_memory
 from rnorm.conversions import layers_of
-from rnorm.files import Damaged, set_aside, write_file
+from rnorm.files import Damaged, RnormError, set_aside, write_file
 from rnorm.measure import KEYS
-from rnorm.runs import Member, diverged_at, note_network
+from rnorm.runs import Member
+
+SAVE_EVERY = 30.0  # seconds of work that a killed process can lose
+History = dict[str, list]  # a recorded quantity's key to its values, one for each evaluation
 
 
 def save(content: dict, path: Path) -> None:
@@ -26,7 +32,8 @@ def save(content: dict, path: Path) -> None:
 
 
 def load(path: Path) -> dict:
-    """A .pyT or .hist file's dict, of this repository or of the released code, its tensors on the CPU.
+    """A .pyT or .hist file's dict, its tensors on the CPU; also a .pyT of the released code, whose .hist files hold
+    numpy arrays and are refused.
 
     Raises Damaged for a file that is truncated, altered, holds anything that would run code, or is no such dict.
     """
@@ -45,22 +52,13 @@ def load(path: Path) -> dict:
     except Damaged:
         raise
     except Exception as error:  # a hostile file can raise anything
+        if is_out_of_memory(error):
+            raise
         reason = "it holds more than tensors and numbers" if "eights only" in str(error) else type(error).__name__
         raise Damaged(reason) from None
     if not isinstance(content, dict):
         raise Damaged("it is not a dict")
     return content
-
-
-def check_weights(model: nn.Module, checkpoint: dict) -> None:
-    """Raise Damaged if a loaded checkpoint's weights do not fit `model`."""
-    try:
-        weights, own = checkpoint["weights"], model.state_dict()
-        for key in {**own, **weights}:
-            if not isinstance(weights[key], Tensor) or weights[key].shape != own[key].shape:
-                raise Damaged(f"its weights do not fit the network: shape of {key}")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"its weights do not fit the network: {' '.join(str(error).split())[:200]}") from None
 
 
 def load_weights(model: nn.Module, checkpoint: dict) -> None:
@@ -69,25 +67,72 @@ def load_weights(model: nn.Module, checkpoint: dict) -> None:
     model.load_state_dict(checkpoint["weights"])
 
 
-def load_history(path: Path, member: Member) -> dict[str, list]:
-    """The history of `member`; raises Damaged unless it is a dict of lists of numbers, all as long as `checkpoints`,
-    which are the network's evaluations as far as they have come."""
-    return check_history(load(path), member)
+def check_weights(model: nn.Module, checkpoint: dict) -> None:
+    """Raise Damaged if a loaded checkpoint's weights do not fit `model`."""
+    weights, own = checkpoint.get("weights"), model.state_dict()
+    if not isinstance(weights, dict) or weights.keys() != own.keys():
+        raise Damaged("its weights are not those of the network's layers")
+    for key in own:
+        if not isinstance(weights[key], Tensor) or weights[key].shape != own[key].shape:
+            raise Damaged(f"its weights do not fit the network: shape of {key}")
 
 
-def check_history(history: object, member: Member) -> dict[str, list]:
-    """`history`, if it is one of `member`; raises Damaged otherwise."""
-    if not isinstance(history, dict) or not isinstance(history.get("checkpoints"), list):
+def load_history(member: Member) -> History | None:
+    """A network's history on disk; None without one. Raises Damaged if it is not what `check_history` expects."""
+    try:
+        return check_history(load(member.history_file), member)
+    except FileNotFoundError:
+        return None
+
+
+def recorded(member: Member) -> History | None:
+    """A network's history on disk; None without a good one."""
+    try:
+        return load_history(member)
+    except Damaged:
+        return None
+
+
+def past_divergence(member: Member) -> bool:
+    """Whether a network cannot be made, as the CNN diverged before its split."""
+    cnn = recorded(Member(member.run, member.settings))
+    return cnn is not None and has_diverged(cnn) and not member.is_cnn and member.split >= cnn["checkpoints"][-1]
+
+
+def check_history(history: object, member: Member) -> History:
+    """`history`, if it is one of `member`; raises Damaged otherwise.
+
+    It has to be a dict of lists of numbers, all as long as `checkpoints`. These are the network's evaluations as far as
+    it has come; the last may be any later epoch, if the network diverged in it. What of KEYS it lacks, as it was
+    written before they were recorded, is NaN.
+    """
+    evaluated = history.get("checkpoints") if isinstance(history, dict) else None
+    if not isinstance(evaluated, list) or not evaluated or "train_loss" not in history:
         raise Damaged("it is not a history")
-    length = len(history["checkpoints"])
+    history = dict.fromkeys(KEYS, [math.nan] * len(evaluated)) | history
     for key, values in history.items():
-        if not isinstance(key, str) or not isinstance(values, list) or len(values) != length:
-            raise Damaged(f"its lists are not all of length {length}")
+        if not isinstance(key, str) or not isinstance(values, list) or len(values) != len(evaluated):
+            raise Damaged(f"its lists are not all of length {len(evaluated)}")
         if not all(type(value) in (int, float) for value in values):
             raise Damaged(f"{key} is not a list of numbers")
-    if not set(KEYS) <= set(history) or history["checkpoints"] != member.evaluations[:length]:
+    expected = member.evaluations[: len(evaluated)]
+    if has_diverged(history):
+        last, before = evaluated[-1], member.evaluations[: len(evaluated) - 1]
+        if all(epoch < last <= member.epochs for epoch in before):
+            expected = [*before, last]
+    if evaluated != expected:
         raise Damaged("it is not this network's history")
     return history
+
+
+def has_diverged(history: History) -> bool:
+    """Whether the network's loss ceased to be finite, in the last epoch of its history; all is NaN there."""
+    return not math.isfinite(history["train_loss"][-1])
+
+
+def has_ended(history: History | None, member: Member) -> bool:
+    """Whether nothing is left to train, as the network is complete or diverged."""
+    return history is not None and (has_diverged(history) or history["checkpoints"][-1] == member.epochs)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -110,50 +155,35 @@ def by_rate(rates: list[float]) -> dict[float, list[int]]:
     return {lr: [i for i, rate in enumerate(rates) if rate == lr] for lr in dict.fromkeys(rates)}
 
 
-class Writer:
-    """A thread that writes while training goes on; one thing after another."""
-
-    def __init__(self):
-        self.thread = ThreadPoolExecutor(1)
-        self.pending: Future | None = None
-
-    def start(self, write: Callable[[], None]) -> None:
-        """Have `write` called, after waiting for what was started before."""
-        self.wait()
-        self.pending = self.thread.submit(write)
-
-    def wait(self) -> None:
-        """Wait until what was started is done; if it failed, raise its error, once."""
-        pending, self.pending = self.pending, None
-        if pending:
-            pending.result()
-
-
 @dataclass
 class Track:
     """One network's training, as far as it has come, and its files.
 
     Every checkpoint holds the history up to itself, so any one of them is enough to continue from. `record` and
-    `save_latest` return when the state has been copied, and `writer` writes the copy; `writer.wait()` waits for it.
+    `save_latest` return when the state has been copied, and a thread writes the copy; `wait` waits for it.
     """
 
-    run: Path
     member: Member
     model: nn.Module
     rates: list[float]  # learning rates, one for each parameter
     keep: str = "all"  # or "last": which checkpoints stay on disk
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the next epoch
-    history: dict[str, list] = field(default_factory=dict)
+    history: History = field(default_factory=dict)
     on_disk: tuple[int, int] = (0, 0)  # the epoch and step of the last state that was written or read
+    saved_at: float = field(default_factory=time.monotonic)
     optimizer: torch.optim.Optimizer | None = field(default=None, init=False)  # with momentum or weight decay
-    writer: Writer = field(default_factory=Writer, init=False)
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
+    writing: Future | None = field(default=None, init=False)
 
     def __post_init__(self):
         settings, parameters = self.member.settings, list(self.model.parameters())
         if settings.momentum or settings.weight_decay:
             groups = [{"params": [parameters[i] for i in group], "lr": lr} for lr, group in by_rate(self.rates).items()]
             self.optimizer = torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
+            for group in self.optimizer.param_groups:
+                # SGD multiplies the decay by the group's rate, but a tied filter's decay is no smaller than its eLCN's.
+                group["weight_decay"] *= self.member.lr / group["lr"]
 
     @property
     def net(self) -> nn.Sequential:
@@ -169,29 +199,22 @@ class Track:
 
     @property
     def evaluated(self) -> list[int]:
-        """The epochs whose evaluation is in the history."""
+        """The epochs that are in the history."""
         return self.history.get("checkpoints", [])
 
     @property
-    def complete(self) -> bool:
-        return self.evaluated[-1:] == [self.member.epochs]
+    def ended(self) -> bool:
+        """Whether nothing is left to train."""
+        return bool(self.history) and has_ended(self.history, self.member)
+
+    @property
+    def diverged(self) -> bool:
+        return bool(self.history) and has_diverged(self.history)
 
     @property
     def due(self) -> bool:
         """Whether the network is to be evaluated as it stands."""
         return self.step == 0 and self.epoch in self.member.evaluations and self.epoch not in self.evaluated
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing is left to train: the network is complete, or status.json says that it diverged."""
-        return bool(self.history) and self._ended(self.history)
-
-    def path(self, epoch: int) -> Path:
-        return self.member.checkpoint(self.run, epoch)
-
-    @property
-    def latest(self) -> Path:
-        return self.member.latest(self.run)
 
     def state(self) -> dict:
         """A copy of the whole state. Its tensors are the CPU's: what is on disk does not depend on the device."""
@@ -212,78 +235,101 @@ class Track:
             state["random"] = self.random.get_state()
         return state
 
+    def _write(self, write: Callable[[], None]) -> None:
+        """Have `write` called by the thread, after what it was given before."""
+        self.wait()
+        self.writing = self.writer.submit(write)
+
+    def wait(self) -> None:
+        """Wait until what is being written is on disk; if that failed, raise its error, once."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
     def save_latest(self) -> None:
         """Save the unfinished network, unless it is on disk as it stands or has not been evaluated yet."""
+        self.saved_at = time.monotonic()
         if self.history and self.on_disk != (self.epoch, self.step):
             state, self.on_disk = self.state(), (self.epoch, self.step)
-            self.writer.start(lambda: save(state, self.latest))
+            self._write(lambda: save(state, self.member.latest_file))
 
-    def discard_latest(self) -> None:
-        self.latest.unlink(missing_ok=True)
+    def save_now_and_then(self) -> None:
+        """`save_latest`, if the last time was SAVE_EVERY seconds ago."""
+        if time.monotonic() - self.saved_at > SAVE_EVERY:
+            self.save_latest()
 
     def append(self, values: dict[str, float]) -> None:
-        """Append an evaluation to the history."""
-        values = {"checkpoints": self.epoch, **values}
-        self.history = {key: [*self.history.get(key, []), value] for key, value in values.items()}
+        """Append an evaluation to the history. A quantity that was not recorded before, or no longer is, is NaN there.
 
-    def record(self, values: dict[str, float], seconds: float = 0.0) -> None:
-        """Append an evaluation; write checkpoint, history and status, and delete what is no longer needed.
-
-        `seconds` is the time spent on the network so far.
+        Raises RnormError for a value that is no Python number.
         """
-        self.writer.wait()  # `_tidy` goes by the history
+        for key, value in values.items():
+            if type(value) not in (int, float):
+                kind = type(value).__name__
+                raise RnormError(f"{key} is recorded as a {kind}; it has to be a Python number, such as tensor.item()")
+        past, values = [math.nan] * len(self.evaluated), {"checkpoints": self.epoch, **values}
+        keys = dict.fromkeys([*self.history, *values])
+        self.history = {key: [*self.history.get(key, past), values.get(key, math.nan)] for key in keys}
+
+    def record(self, values: dict[str, float]) -> None:
+        """Append an evaluation; write checkpoint and history, and delete what is no longer needed."""
+        self.wait()  # `_tidy` goes by the history
         self.append(values)
-        state, self.on_disk = self.state(), (self.epoch, self.step)
+        state, self.on_disk, self.saved_at = self.state(), (self.epoch, self.step), time.monotonic()
 
         def write() -> None:
-            save(state, self.path(state["epoch"]))
-            save(state["history"], self.member.history(self.run))
+            save(state, self.member.checkpoint(state["epoch"]))
+            save(state["history"], self.member.history_file)
             self._tidy()
-            note_network(self.run, self.member, state="training", epoch=state["epoch"], seconds=seconds)
 
-        self.writer.start(write)
+        self._write(write)
+
+    def record_divergence(self) -> None:
+        """End the history here, with NaN in every quantity; there is no checkpoint of it."""
+        self.wait()
+        self.append(dict.fromkeys(KEYS[1:], math.nan))
+        save(self.history, self.member.history_file)
+        self._tidy()
 
     def _tidy(self) -> None:
-        if self.keep == "last" and self.path(self.evaluated[-1]).exists():
-            for epoch in self.evaluated[:-1]:
-                self.path(epoch).unlink(missing_ok=True)
-        if self.complete:
-            self.discard_latest()
+        """Delete the checkpoints that need not be kept, and of a network that has ended latest.pyT."""
+        kept = self.evaluated[: -1 if self.diverged else None]
+        if self.keep == "last" and kept and self.member.checkpoint(kept[-1]).exists():
+            for epoch in kept[:-1]:
+                self.member.checkpoint(epoch).unlink(missing_ok=True)
+        if self.ended:
+            self.member.latest_file.unlink(missing_ok=True)
 
     def restore(self) -> None:
         """Continue from the newest good state on disk, if there is any; damaged files met on the way are set aside.
 
-        A network whose history is complete stays complete, whichever of its checkpoints are missing.
+        A network whose history has ended stays so, whichever of its checkpoints are missing; its weights are not read.
         """
         recorded = self._read_history()
-        self.restore_before(self.member.epochs)
-        state = self._read(self.latest)
-        if state and (state["epoch"], state["step"]) > (self.epoch, self.step):
-            self._take(state)
-        if recorded and self._ended(recorded):
+        if has_ended(recorded, self.member):
             self.history = recorded
-        elif self.history and repr(recorded) != repr(self.history):  # repr: NaN equals NaN
-            save(self.history, self.member.history(self.run))
-        elif recorded and not self.history:
-            print(f"{self.member.label}: no checkpoint is left to continue from; it starts over", file=sys.stderr)
-        self._say_what_is_missing()
-        if self.history:
-            self._tidy()
-
-    def recorded_epochs(self) -> list[int]:
-        """The epochs in the history on disk."""
-        return (self._read_history() or {"checkpoints": []})["checkpoints"]
+        else:
+            self.restore_before(self.member.epochs)
+            state = self._read(self.member.latest_file)
+            if state and (state["epoch"], state["step"]) > (self.epoch, self.step):
+                self._take(state)
+            if self.history and repr(recorded) != repr(self.history):  # repr: NaN equals NaN
+                save(self.history, self.member.history_file)
+            elif recorded and not self.history:
+                print(f"{self.member.label}: no checkpoint is left to continue from; it starts over", file=sys.stderr)
+        self._tidy()
 
     def restore_before(self, epoch: int) -> None:
         """Continue from the newest good checkpoint at or before `epoch`; the start, if there is none."""
         torch.manual_seed(self.member.settings.seed)  # of dropout, whatever this process did before
         for evaluated in reversed(self.member.evaluations):
-            if evaluated <= epoch and (state := self._read(self.path(evaluated))):
+            if evaluated <= epoch and (state := self._read(self.member.checkpoint(evaluated))):
                 self._take(state)
                 return
 
     def _take(self, state: dict) -> None:
-        load_weights(self.model, state)
+        """Continue from a state that `_check` has passed."""
+        self.model.load_state_dict(state["weights"])
         if self.optimizer:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             self.optimizer.state.clear()
@@ -299,18 +345,7 @@ class Track:
         """The state in `path`; None if there is none, or no good one, which is set aside."""
         try:
             state = load(path)
-            epoch, step = state.get("epoch"), state.get("step")
-            if not (type(epoch) is int and type(step) is int and 0 <= epoch <= self.member.epochs and step >= 0):
-                raise Damaged("it does not say how far training had come")
-            evaluated = check_history(state.get("history"), self.member)["checkpoints"]
-            due = [e for e in self.member.evaluations if e <= epoch]
-            if path == self.latest:
-                if evaluated not in (due, due[:-1]) or not evaluated:
-                    raise Damaged("its history is of another epoch")
-            elif path != self.path(epoch) or evaluated != due:
-                raise Damaged("it is of another epoch")
-            check_weights(self.model, state)
-            self._check_optimizer_and_random(state)
+            self._check(state, path)
             return state
         except FileNotFoundError:
             return None
@@ -318,41 +353,34 @@ class Track:
             set_aside(path, str(damage))
             return None
 
-    def _check_optimizer_and_random(self, state: dict) -> None:
-        """Raise Damaged if the network cannot be continued from these parts of a loaded checkpoint."""
+    def _check(self, state: dict, path: Path) -> None:
+        """Raise Damaged unless the network can be continued from the state that was loaded from `path`."""
+        check_weights(self.model, state)
+        epoch, step = state.get("epoch"), state.get("step")
+        if type(epoch) is not int or type(step) is not int or step < 0:
+            raise Damaged("it does not say how far training had come")
+        state["history"] = check_history(state.get("history"), self.member)
+        evaluated = state["history"]["checkpoints"]
+        due = [e for e in self.member.evaluations if e <= epoch]
+        of_latest = path == self.member.latest_file and evaluated in (due, due[:-1]) and epoch <= self.member.epochs
+        if not of_latest and not (path == self.member.checkpoint(epoch) and evaluated == due):
+            raise Damaged("it is of another epoch")
         try:
             if self.optimizer:
-                saved, expected = state["optimizer"]["state"], []
-                if self.member.settings.momentum and (state["epoch"], state["step"]) > (0, 0):
-                    expected = [p.shape for group in self.optimizer.param_groups for p in group["params"]]
-                if [saved[i]["momentum_buffer"].shape for i in range(len(saved))] != expected:
+                buffers, expected = state["optimizer"]["state"], {}
+                if self.member.settings.momentum and (epoch, step) > (0, 0):
+                    parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+                    expected = {i: p.shape for i, p in enumerate(parameters) if p.requires_grad}
+                if {i: values["momentum_buffer"].shape for i, values in buffers.items()} != expected:
                     raise Damaged("its optimizer's state does not fit the network")
             if self.random and state["random"].shape == self.random.get_state().shape:
                 torch.Generator(self.random.device).set_state(state["random"])
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise Damaged(f"its optimizer's or random state is no such thing: {type(error).__name__}") from None
 
-    def _read_history(self) -> dict[str, list] | None:
-        path = self.member.history(self.run)
+    def _read_history(self) -> History | None:
         try:
-            return load_history(path, self.member) or None
-        except FileNotFoundError:
-            return None
+            return load_history(self.member)
         except Damaged as damage:
-            set_aside(path, str(damage))
+            set_aside(self.member.history_file, str(damage))
             return None
-
-    def _say_what_is_missing(self) -> None:
-        if self.keep == "last" or not self.history:
-            return
-        missing = [self.path(epoch).name for epoch in self.evaluated if not self.path(epoch).exists()]
-        if missing:
-            print(f"{self.member.label}: not on disk, and not needed to go on: {' '.join(missing)}", file=sys.stderr)
-
-    def _ended(self, history: dict[str, list]) -> bool:
-        """Whether a history is that of a network which is complete, or which diverged after its last evaluation."""
-        diverged = diverged_at(self.run, self.member)
-        evaluated = history["checkpoints"]
-        if diverged is not None and evaluated == [e for e in self.member.evaluations if e < diverged]:
-            return True
-        return evaluated[-1:] == [self.member.epochs]

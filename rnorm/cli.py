@@ -21,58 +21,61 @@ COMPLETE = 0
 ENVIRONMENT = 1  # the environment failed: disk, lock, memory, GPU
 BAD_INPUT = 2
 DIVERGED = 3  # the loss of a network is no longer finite; everything else is complete
-SAVED = 75  # stopped by SIGUSR1, saved and to be continued; 130 after SIGINT and 143 after SIGTERM
+SAVED = 75  # stopped by SIGUSR1 after some progress, to be continued; 130 after SIGINT and 143 after SIGTERM
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: SAVED}
 
 
-class Stop(Exception):
-    """Ends a script with one line on stderr and an exit status."""
+class Stop(RnormError):
+    """Ends a script with one line on stderr, in terms of its flags, and an exit status."""
 
     def __init__(self, message: str, status: int = BAD_INPUT):
         super().__init__(message)
         self.status = status
 
 
-class Interrupted(BaseException):
-    """A signal asked the script to save and stop."""
+class Signals:
+    """The signals of this process: the first one received, and what is to happen when one comes."""
 
-
-# Signals are sent to a process, so what has been received belongs to the process: `_received` holds the first one.
-_received: list[signal.Signals] = []
-_at_once = False
+    received: signal.Signals | None = None
+    at_once = False  # raise wherever it comes, rather than at the next check
+    progress = False  # whether anything was done since the start that the next start need not do again
 
 
 def note_signals() -> None:
-    """From now on, note SIGINT, SIGTERM and SIGUSR1 for `check_signals`; forget those of before."""
-    _received.clear()
+    """From now on, note SIGINT, SIGTERM and SIGUSR1 for `check_signals`; forget those of before, and progress."""
+    Signals.received, Signals.progress = None, False
     for signum in SIGNALS:
         signal.signal(signum, _note)
 
 
 def _note(signum: int, _: object) -> None:
-    _received.append(signal.Signals(signum))
-    if _at_once:
-        raise Interrupted
+    Signals.received = Signals.received or signal.Signals(signum)
+    if Signals.at_once:
+        raise KeyboardInterrupt
 
 
 def check_signals() -> None:
-    """Raise Interrupted if a signal has been noted."""
-    if _received:
-        raise Interrupted
+    """Raise KeyboardInterrupt if a signal has been noted."""
+    if Signals.received:
+        raise KeyboardInterrupt
+
+
+def note_progress() -> None:
+    """Say that something was done; a job that is stopped before that is not to be continued over and over."""
+    Signals.progress = True
 
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
     """For what takes long and leaves nothing to save, such as a download: a signal raises wherever it comes."""
-    global _at_once
-    before = _at_once
+    before = Signals.at_once
     try:
-        _at_once = True
+        Signals.at_once = True
         check_signals()
         yield
     finally:
-        _at_once = before
+        Signals.at_once = before
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,7 +102,7 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         status = ENVIRONMENT if error.errno in (errno.ENOSPC, errno.EDQUOT) else BAD_INPUT
-        raise Stop(f"{path} cannot be written ({error.strerror}); {remedy}", status) from None
+        raise Stop(f"{path} cannot be written ({error.strerror or error}); {remedy}", status) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -127,13 +130,16 @@ def finish(main: Callable[[list[str]], int], argv: list[str], saves: bool = True
         message, status = str(error), ENVIRONMENT
     except RnormError as error:
         message, status = str(error), BAD_INPUT
-    except Interrupted:
-        message, status = _received[0].name, SIGNALS[_received[0]]
-        if saves:
+    except KeyboardInterrupt:
+        received = Signals.received or signal.SIGINT
+        message, status = received.name, SIGNALS[received]
+        if not saves:
+            message += ": stopped; nothing was written"
+        elif received == signal.SIGUSR1 and not Signals.progress:
+            message, status = f"{message}: no step was taken since the start; give the job more time", ENVIRONMENT
+        else:
             command = shlex.join(["python", *(word for word in argv if word != "--fresh")])
             message += f": saved; continue with: {command}"
-        else:
-            message += ": stopped; nothing was written"
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         message, status = f"{name}{error.strerror or error}; what was saved before is intact", ENVIRONMENT

@@ -2,16 +2,19 @@
 
     lc      the equivalent locally connected network (eLCN): every convolution untied
     fc      the equivalent fully connected network (eFCN): every convolution a matrix
-    lc5     only the convolution with that index in the network untied; lc1+9: those two
     tied    control: the CNN, with the steps of an eLCN confined to the tied subspace
     cnn     control: the CNN, trained on at the eLCN's learning rate
+
+`lc` and `tied` take indices of layers: `lc5` unties the convolution with that index alone, `lc1+9` those two, and
+`tied5`, `tied1+9` are their controls.
 """
 
 import copy
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +22,26 @@ from torch import nn
 
 from rnorm.layers import LocallyConnected2d, layer_shapes
 
-COPIED = (
-    nn.ZeroPad2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.Dropout,
-    nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.Linear, LocallyConnected2d,
+LAYERS = (
+    nn.Conv2d, LocallyConnected2d, nn.ZeroPad2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d,
+    nn.AdaptiveAvgPool2d, nn.ReLU, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.Linear,
 )  # fmt: skip
-"""The layers that an untied network takes over as they are."""
+"""The layers that a network may have. Of these we know what untying does to them and how the norms count them."""
+
+
+def check_layers(net: nn.Sequential) -> None:
+    """Raise ValueError, naming the layer, if `net` has any that is not in LAYERS, or one with hooks.
+
+    Also if two of its layers share parameters.
+    """
+    for i, layer in enumerate(net):
+        if type(layer) not in LAYERS:
+            names = ", ".join(known.__name__ for known in LAYERS)
+            raise ValueError(f"layer {i} is {type(layer).__name__}; a network here is made of {names}")
+        if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
+            raise ValueError(f"layer {i}, {layer}, has hooks, such as weight_norm's; they would not be called")
+    if sum(len([*layer.parameters()]) for layer in net) > len([*net.parameters()]):
+        raise ValueError("two layers share parameters; each has to have its own")
 
 
 def layers_of(model: nn.Module) -> nn.Sequential:
@@ -31,31 +49,31 @@ def layers_of(model: nn.Module) -> nn.Sequential:
     return getattr(model, "net", model)
 
 
+def convolutions_of(net: nn.Sequential, only: set[int] | None = None) -> set[int]:
+    """The indices of the convolutions of `net`, or `only` if these are some; raises ValueError if one is not."""
+    convolutions = {i for i, layer in enumerate(net) if isinstance(layer, nn.Conv2d)}
+    if only is None:
+        return convolutions
+    if wrong := sorted(only - convolutions):
+        raise ValueError(f"layer {wrong[0]} is no convolution; those are {' '.join(map(str, sorted(convolutions)))}")
+    return only
+
+
 def untie(net: nn.Sequential, image_shape: tuple[int, ...], only: set[int] | None = None) -> nn.Sequential:
     """The equivalent locally connected network (eLCN) of `net`, for images of shape (C, H, W); `net` stays as it is.
 
     Every Conv2d, or of those only the ones with an index in `only`, becomes a LocallyConnected2d with the same filter
-    at each position. The layers in COPIED are copied. Raises ValueError, naming the layer, for any other layer, and
-    for an index in `only` that is no convolution. Source: arXiv:1906.06766, section 2.
+    at each position; the other layers are copied. Raises ValueError, naming the layer, for a layer that is not in
+    LAYERS or cannot be untied, and for an index in `only` that is no convolution. Source: arXiv:1906.06766, section 2.
     """
-    convolutions = {i for i, layer in enumerate(net) if type(layer) is nn.Conv2d}
-    if only is None:
-        only = convolutions
-    if wrong := sorted(only - convolutions):
-        raise ValueError(f"layer {wrong[0]} is no convolution; those are {' '.join(map(str, sorted(convolutions)))}")
-    shapes = layer_shapes(net, image_shape)
-    layers = []
-    for i, layer in enumerate(net):
-        if i in only:
-            try:
-                layers.append(LocallyConnected2d.from_conv2d(layer, shapes[i][1:]))
-            except ValueError as error:
-                raise ValueError(f"layer {i} cannot be untied: {error}") from None
-        elif i in convolutions or type(layer) in COPIED:
-            layers.append(copy.deepcopy(layer))
-        else:
-            raise ValueError(f"layer {i}, {type(layer).__name__}, cannot be untied; see COPIED in rnorm/conversions.py")
-    return nn.Sequential(*layers)
+    check_layers(net)
+    shapes, untied = layer_shapes(net, image_shape), copy.deepcopy(net)
+    for i in convolutions_of(net, only):
+        try:
+            untied[i] = LocallyConnected2d.from_conv2d(net[i], shapes[i][1:])
+        except ValueError as error:
+            raise ValueError(f"layer {i} cannot be untied: {error}") from None
+    return untied
 
 
 def fully_connect(net: nn.Sequential, image_shape: tuple[int, ...]) -> nn.Sequential:
@@ -105,54 +123,76 @@ def matrix_of(layer: LocallyConnected2d) -> nn.Linear:
     with torch.no_grad():
         filters = weight.flatten(2, 3).permute(0, 2, 1, 3).flatten(2)  # (C_out, L, C_in * k_h * k_w)
         matrix.weight.zero_().view(channels, positions, inputs).scatter_(2, read.expand(channels, -1, -1), filters)
+        matrix.weight.requires_grad_(layer.weight.requires_grad)
         if layer.bias is not None:
-            matrix.bias.copy_(layer.state_dict()["bias"].flatten())
+            matrix.bias.copy_(layer.state_dict()["bias"].flatten()).requires_grad_(layer.bias.requires_grad)
     return matrix
 
 
-def same_rate(net: nn.Sequential, image_shape: tuple[int, ...], lr: float) -> list[float]:
+def same_rate(
+    net: nn.Sequential, image_shape: tuple[int, ...], lr: float, only: set[int] | None = None
+) -> list[float]:
     """The learning rate `lr` for every parameter of `net`."""
     return [lr for _ in net.parameters()]
 
 
-def tied_rate(net: nn.Sequential, image_shape: tuple[int, ...], lr: float) -> list[float]:
+def tied_rate(
+    net: nn.Sequential, image_shape: tuple[int, ...], lr: float, only: set[int] | None = None
+) -> list[float]:
     """Learning rates with which a CNN takes an eLCN's steps at `lr`, confined to the tied subspace.
 
     The gradient of an eLCN's filters, averaged over the positions of the layer, keeps them tied, and is the gradient
-    of the CNN's filter divided by the number of positions. So each convolution's rate is `lr` divided by that number.
+    of the CNN's filter divided by the number of positions. So the rate of each convolution, or of those with an index
+    in `only`, is `lr` divided by that number.
     """
-    shapes, rates = layer_shapes(net, image_shape), []
+    slowed, shapes, rates = convolutions_of(net, only), layer_shapes(net, image_shape), []
     for i, layer in enumerate(net):
-        positions = math.prod(shapes[i + 1][1:]) if isinstance(layer, nn.Conv2d) else 1
+        positions = math.prod(shapes[i + 1][1:]) if i in slowed else 1
         rates += [lr / positions for _ in layer.parameters()]
     return rates
 
 
+def keep_tied(cnn: nn.Module, image_shape: tuple[int, ...], only: set[int] | None = None) -> nn.Module:
+    """A copy of the CNN; raises ValueError for an index in `only` that is no convolution."""
+    convolutions_of(cnn.net, only)
+    return copy.deepcopy(cnn)
+
+
 @dataclass(frozen=True)
 class Conversion:
-    """How a CNN is converted, and how the result is trained."""
+    """How a CNN is converted, and how the result is trained.
 
-    convert: Callable[[nn.Module, tuple[int, ...]], nn.Module]  # (a CNN with its layers in `net`, (C, H, W)) -> network
-    rates: Callable[[nn.Sequential, tuple[int, ...], float], list[float]] = same_rate  # one for each parameter
+    `convert` takes a CNN with its layers in `net` and the images' shape (C, H, W); `rates` takes the new network's
+    layers, that shape and a learning rate, and returns a rate for each parameter. Where the name may be followed by
+    indices of layers, both take these as `only`.
+    """
+
+    convert: Callable[..., nn.Module]
+    rates: Callable[..., list[float]] = same_rate
     keep: str = "all"  # or "last": which checkpoints stay on disk, unless told otherwise
+    by_layer: bool = False  # whether the name may be followed by indices of layers
 
 
 CONVERSIONS = {
-    "lc": Conversion(lambda cnn, image_shape: untie(cnn.net, image_shape)),
+    "lc": Conversion(lambda cnn, image_shape, only=None: untie(cnn.net, image_shape, only), by_layer=True),
     "fc": Conversion(lambda cnn, image_shape: fully_connect(cnn.net, image_shape), keep="last"),
-    "tied": Conversion(lambda cnn, image_shape: copy.deepcopy(cnn), tied_rate),
-    "cnn": Conversion(lambda cnn, image_shape: copy.deepcopy(cnn)),
+    "tied": Conversion(keep_tied, tied_rate, by_layer=True),
+    "cnn": Conversion(keep_tied),
 }
 
 
 def find_conversion(name: str) -> Conversion:
     """The conversion called `name`; raises ValueError if there is none."""
+    if "_" in name:
+        raise ValueError(f"{name}: the name of a conversion has no _, as the names of files are parted by it")
     if name in CONVERSIONS:
         return CONVERSIONS[name]
-    if re.fullmatch(r"lc\d+(\+\d+)*", name):
-        only = {int(index) for index in name[2:].split("+")}
-        if name != (ordered := "lc" + "+".join(map(str, sorted(only)))):  # one network has one name
+    match = re.fullmatch(r"(.*?)(\d+(\+\d+)*)", name)
+    if match and match[1] in CONVERSIONS and CONVERSIONS[match[1]].by_layer:
+        only = {int(index) for index in match[2].split("+")}
+        if name != (ordered := match[1] + "+".join(map(str, sorted(only)))):  # one network has one name
             raise ValueError(f"{name}: to be written {ordered}")
-        return Conversion(lambda cnn, image_shape: untie(cnn.net, image_shape, only))
+        whole = CONVERSIONS[match[1]]
+        return replace(whole, convert=partial(whole.convert, only=only), rates=partial(whole.rates, only=only))
     names = ", ".join(CONVERSIONS)
-    raise ValueError(f"{name}: no such conversion; there are {names}, and lc with indices of layers, such as lc1+9")
+    raise ValueError(f"{name}: no such conversion; there are {names}, and lc or tied with indices of layers: lc1+9")

@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnorm.cli import stopping_at_once
 from rnorm.files import Lock, RnormError
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-
-
-class NoData(RnormError):
-    """A data set is not where it was looked for."""
+ELSEWHERE = "name its directory with --data_dir, or another --dataset, such as synthetic"
 
 
 @dataclass
@@ -50,26 +48,49 @@ def load_data(
 ) -> Data:
     """Load a data set, one of DATASETS or the path of an .npz file, and put it on `device`, its images as `dtype`.
 
-    `data_size` is how many training images to use, from the first on; 0 for all. Raises RnormError if the data are not
-    there or not what they should be.
+    `data_size` is how many training images to use, from the first on; 0 for all. A signal stops it at once. Raises
+    RnormError if the data are not there or not what they should be.
     """
     source = DATASETS.get(dataset) or Source(lambda data_dir: npz(data_dir, dataset))
-    arrays = source.arrays(Path(data_dir))
-    check_data_size(data_size, len(arrays["x_train"]))
-    num_classes = int(arrays["y_train"].max()) + 1
-    digest = hashlib.sha256()
-    for name in ARRAYS:
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    if data_size:
-        arrays |= {name: arrays[name][:data_size] for name in ("x_train", "y_train")}
-    tensors = {}
-    for part in ("train", "test"):
-        x = torch.from_numpy(arrays[f"x_{part}"]).to(device, dtype).div_(255)  # (N, 32, 32, 3)
-        mean, std = (torch.tensor(values, device=device, dtype=dtype) for values in (source.mean, source.std))
-        x.sub_(mean).div_(std)
-        tensors[f"x_{part}"] = x.permute(0, 3, 1, 2)
-        tensors[f"y_{part}"] = torch.from_numpy(arrays[f"y_{part}"]).to(device)
+    with stopping_at_once():
+        arrays = check_arrays(source.arrays(Path(data_dir)), dataset)
+        check_data_size(data_size, len(arrays["x_train"]))
+        num_classes = int(arrays["y_train"].max()) + 1
+        digest = hashlib.sha256()
+        for name in ARRAYS:
+            digest.update(arrays[name].data)
+        if data_size:
+            arrays |= {name: arrays[name][:data_size] for name in ("x_train", "y_train")}
+        tensors = {}
+        for part in ("train", "test"):
+            x = torch.from_numpy(arrays[f"x_{part}"]).to(device, dtype).div_(255)  # (N, 32, 32, 3)
+            mean, std = (torch.tensor(values, device=device, dtype=dtype) for values in (source.mean, source.std))
+            x.sub_(mean).div_(std)
+            tensors[f"x_{part}"] = x.permute(0, 3, 1, 2)
+            tensors[f"y_{part}"] = torch.from_numpy(arrays[f"y_{part}"]).to(device)
     return Data(**tensors, num_classes=num_classes, sha256=digest.hexdigest())
+
+
+def check_arrays(arrays: dict[str, np.ndarray], dataset: str) -> dict[str, np.ndarray]:
+    """`arrays` in C order, labels as int64; raises RnormError unless they are ARRAYS of a data set for classification.
+
+    x_* has to be uint8 (N, 32, 32, 3), y_* integers (N,), the labels 0 to c-1 with c at least 3.
+    """
+    if missing := [name for name in ARRAYS if name not in arrays]:
+        raise RnormError(f"{dataset} lacks {', '.join(missing)}; it has to hold {', '.join(ARRAYS)}")
+    arrays = {name: np.ascontiguousarray(arrays[name]) for name in ARRAYS}
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or not len(x):
+            raise RnormError(f"{dataset}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N > 0")
+        if y.dtype.kind not in "iu" or y.shape != (len(x),):
+            raise RnormError(f"{dataset}: y_{part} is {y.dtype} {y.shape}; it has to be integers ({len(x)},)")
+    classes = np.unique(arrays["y_train"])
+    if len(classes) < 3 or classes[0] != 0 or classes[-1] != len(classes) - 1:
+        raise RnormError(f"{dataset}: y_train has to hold the labels 0, 1, ..., c-1, each of them, and c at least 3")
+    if arrays["y_test"].min() < 0 or arrays["y_test"].max() >= len(classes):
+        raise RnormError(f"{dataset}: y_test has labels outside 0 to {len(classes) - 1}, the classes of y_train")
+    return arrays | {name: arrays[name].astype(np.int64) for name in ("y_train", "y_test")}
 
 
 def check_data_size(data_size: int, images: int) -> None:
@@ -100,8 +121,8 @@ def cifar(data_dir: Path, classes: int) -> dict[str, np.ndarray]:
         reason = _line(error)
         here = [p for p in (data_dir / kind.filename, data_dir / kind.base_folder) if p.exists()]
         if here:
-            raise NoData(f"{name} in {data_dir} is damaged ({reason}); delete {here[0]} and try again") from None
-        raise NoData(f"no {name} in {data_dir}, and it cannot be downloaded ({reason})") from None
+            raise RnormError(f"{name} in {data_dir} is damaged ({reason}); delete {here[0]} and try again") from None
+        raise RnormError(f"no {name} in {data_dir}, and it cannot be downloaded ({reason}); {ELSEWHERE}") from None
     arrays = {}
     for part, source in zip(("train", "test"), parts):
         arrays |= {f"x_{part}": source.data, f"y_{part}": np.array(source.targets, np.int64)}
@@ -109,30 +130,16 @@ def cifar(data_dir: Path, classes: int) -> dict[str, np.ndarray]:
 
 
 def npz(data_dir: Path, dataset: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file: x_* uint8 (N, 32, 32, 3), y_* integers 0 .. c-1; looked for in `data_dir` too."""
+    """The arrays of an .npz file; looked for in `data_dir` too."""
     path = next((p for p in (Path(dataset), data_dir / Path(dataset).name) if os.path.isfile(p)), None)
     if path is None or not dataset.endswith(".npz"):
-        raise NoData(f"{dataset} is neither a data set ({', '.join(DATASETS)}) nor an .npz file that exists")
+        known = ", ".join(DATASETS)
+        raise RnormError(f"{dataset} is neither a data set ({known}) nor an .npz file that exists; {ELSEWHERE}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ARRAYS if name not in file]
-            arrays = {} if missing else {name: np.asarray(file[name]) for name in ARRAYS}
+            return {name: file[name] for name in ARRAYS if name in file}
     except Exception as error:  # truncated, no zip, objects, impossible sizes: numpy raises many kinds
         raise RnormError(f"{path} cannot be read ({_line(error)}); it has to be a plain numpy.savez file") from None
-    if missing:
-        raise RnormError(f"{path} lacks {', '.join(missing)}; it has to hold {', '.join(ARRAYS)}")
-    for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or not len(x):
-            raise RnormError(f"{path}: x_{part} is {x.dtype} {x.shape}; it has to be uint8 (N, 32, 32, 3), N > 0")
-        if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            raise RnormError(f"{path}: y_{part} is {y.dtype} {y.shape}; it has to be integers ({len(x)},)")
-    classes = np.unique(arrays["y_train"])
-    if len(classes) < 3 or classes[0] != 0 or classes[-1] != len(classes) - 1:
-        raise RnormError(f"{path}: y_train has to hold the labels 0, 1, ..., c-1, each of them, and c at least 3")
-    if arrays["y_test"].min() < 0 or arrays["y_test"].max() >= len(classes):
-        raise RnormError(f"{path}: y_test has labels outside 0 to {len(classes) - 1}, the classes of y_train")
-    return arrays | {name: arrays[name].astype(np.int64) for name in ("y_train", "y_test")}
 
 
 def _line(error: Exception) -> str:

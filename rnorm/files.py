@@ -62,7 +62,7 @@ def files_below(directory: Path) -> list[tuple[Path, int, int]]:
 
 
 class Lock:
-    """The lock of a directory. The kernel holds it (fcntl), so it ends with its holder; NFS passes it between hosts.
+    """The lock of a directory. The kernel holds it (flock), so it ends with its holder; NFS passes it between hosts.
 
     Raises InUse if another process holds it, unless `wait`; OSError where the file system has no locks. The lock file
     names its holder for people.
@@ -72,7 +72,7 @@ class Lock:
         self.path = directory / name
         self.file = open(self.path, "a+")  # noqa: SIM115 - open for as long as the lock is held
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError):
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
@@ -98,6 +98,5 @@ def lock_directory(directory: Path, wait: bool = False) -> Lock:
     directory.mkdir(parents=True, exist_ok=True)
     lock = Lock(directory, wait=wait)
     for leftover in directory.glob(".*.tmp"):
-        if leftover.name != ".status.json.tmp":  # status.json has a lock of its own
-            leftover.unlink(missing_ok=True)
+        leftover.unlink(missing_ok=True)
     return lock

@@ -1,45 +1,33 @@
-"""The flags of experiments.py that are settings of a run, and where the run lies."""
+"""What the scripts' command lines share: flags, and what these flags open."""
 
 import argparse
 import dataclasses
 from pathlib import Path
 
-from rnorm.cli import Stop
-from rnorm.data import DATASETS, dataset_name
-from rnorm.runs import Settings
+import torch
 
-HELP = {
-    "epochs": "epochs of the CNN",
-    "n_splits": "convert the CNN at this many log-spaced epochs; epochs that coincide count once",
-    "cnn_lr": "learning rate of the CNN",
-    "lc_lr": "learning rate of the eLCNs and of other converted networks",
-    "lc_epochs": "epochs of each converted network; 0: as many as the CNN's",
-    "network": "a network of models.py, by name",
-    "dataset": f"{', '.join(DATASETS)}, or FILE.npz with x_train, y_train, x_test, y_test",
-    "data_size": "use the first N training images; 0: all",
-    "batch_size": "images per step",
-    "seed": "seed of the initial weights and of --shuffle",
-    "precision": "float32, tf32 (on CUDA, of products and convolutions alone) or float64 (of everything)",
-    "momentum": "momentum of SGD",
-    "weight_decay": "weight decay of SGD",
-}
+from rnorm.cli import ENVIRONMENT, Stop
+from rnorm.conversions import CONVERSIONS
+from rnorm.data import Data, dataset_name, load_data
+from rnorm.devices import pick_device
+from rnorm.files import RnormError
+from rnorm.runs import Member, Settings, converted_members, read_config
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting, and --results_dir."""
-    precisions = ("float32", "tf32", "float64")
-    metavars = {int: "N", float: "NUMBER", str: "NAME"}
-    for name, text in HELP.items():
-        default = getattr(Settings, name)
-        spellings = [f"--{name}", "--lcn_lr"] if name == "lc_lr" else [f"--{name}"]
-        parser.add_argument(
-            *spellings, dest=name, type=type(default), default=default, metavar=metavars[type(default)],
-            help=f"{text} (default: {default})", choices=precisions if name == "precision" else None,
-        )  # fmt: skip
-    parser.add_argument(
-        "--splits", type=int, nargs="+", default=[], metavar="EPOCH", help="convert at these epochs instead of n_splits"
-    )
-    parser.add_argument("--shuffle", action="store_true", help="shuffle in every epoch (default: the data set's order)")
+    for setting in dataclasses.fields(Settings):
+        spellings = [f"--{setting.name}", "--lcn_lr"] if setting.name == "lc_lr" else [f"--{setting.name}"]
+        flag = {"default": setting.default, "help": setting.metadata["help"], **setting.metadata["flag"]}
+        if isinstance(setting.default, bool):
+            flag["action"] = "store_true"
+        elif setting.name == "splits":
+            flag["type"] = int
+        else:
+            flag["type"], flag["help"] = type(setting.default), f"{flag['help']} (default: {setting.default})"
+            if "choices" not in flag:
+                flag["metavar"] = {int: "N", float: "NUMBER", str: "NAME"}[flag["type"]]
+        parser.add_argument(*spellings, dest=setting.name, **flag)
     parser.add_argument(
         "--results_dir", type=Path, default=Path("results"), metavar="DIR", help="where runs lie (default: results)"
     )
@@ -47,9 +35,71 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that a command line asks for; raises Stop where they make no sense."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    values = {setting.name: getattr(args, setting.name) for setting in dataclasses.fields(Settings)}
     values |= {"splits": tuple(args.splits), "dataset": dataset_name(args.dataset)}
     try:
         return Settings(**values)
     except ValueError as error:
         raise Stop(f"--{error}") from None
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """What the CNN is converted to, which checkpoints stay, and `add_data_flags`; none is part of a run's identity."""
+    parser.add_argument(
+        "--convert_to", nargs="+", default=["lc"], metavar="NAME",
+        help=f"conversions: {', '.join(CONVERSIONS)}; lc and tied also with indices of layers: lc1+9 (default: lc)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep", choices=("all", "last"),
+        help="which checkpoints of converted networks stay on disk, of skinnyprime's eLCN 31 MB each; all are needed "
+        "only to study weights (default: all, of fc the last)",
+    )  # fmt: skip
+    add_data_flags(parser)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the images lie, and what computes."""
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("data"), metavar="DIR", help="where the images lie (default: data)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA if there is one"
+    )
+
+
+def open_device(name: str) -> torch.device:
+    """`devices.pick_device` for a script."""
+    try:
+        return pick_device(name)
+    except RnormError as error:
+        raise Stop(f"--device {name}: {error}; or use --device cpu", ENVIRONMENT) from None
+
+
+def open_data(dataset: str, data_dir: Path, settings: Settings, device: torch.device) -> Data:
+    """`data.load_data` for a script, of a run's size and precision."""
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
+    return load_data(dataset, data_dir, settings.data_size, device, dtype)
+
+
+def data_of_run(run: Path, data_dir: Path, device: torch.device) -> Data:
+    """The images that a run was made with; raises RnormError if those to be found are others."""
+    settings, config = read_config(run)
+    data = open_data(config.get("dataset_file") or settings.dataset, data_dir, settings, device)
+    if data.sha256 != config.get("data_sha256"):
+        remedy = "put that in its place, or name its directory with --data_dir"
+        raise RnormError(f"{settings.dataset} here is not the data of {run}; {remedy}")
+    return data
+
+
+def member_of(checkpoint: Path) -> Member:
+    """The network of a run that a checkpoint is of; raises Stop if it lies in no run or is no file."""
+    if not checkpoint.is_file():
+        raise Stop(f"{checkpoint} is no file")
+    directory = checkpoint.absolute().parent
+    for run in (directory, directory.parent):
+        if (run / "config.json").exists():
+            settings, _ = read_config(run)
+            for member in (Member(run, settings), *converted_members(run, settings)):
+                if member.directory == directory:
+                    return member
+    raise Stop(f"{checkpoint} lies in no network's directory of a run of experiments.py")

@@ -105,7 +105,7 @@ def _root_ratio(part: float, whole: float) -> float:
 
 
 def logits_of(net: nn.Module, x: Tensor) -> Tensor:
-    """Logits (N, c) in eval mode. Raises cli.Interrupted between batches once a signal has come."""
+    """Logits (N, c) in eval mode. Raises KeyboardInterrupt between batches once a signal has come."""
     training = net.training
     net.eval()
     try:

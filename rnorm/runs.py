@@ -1,78 +1,71 @@
-"""What a run is: its settings and name, its networks and where their files lie, config.json and status.json.
-
-Imports neither torch nor numpy at its top, so that scripts note signals before these have loaded.
-"""
+"""What a run is: its settings and name, its networks and where their files lie, and config.json."""
 
 import dataclasses
 import json
-import os
 import platform
 import re
-import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from rnorm.files import Lock, RnormError, set_aside, write_file
+import numpy as np
+
+from rnorm.files import RnormError, write_file
 
 ELCN_EVALUATIONS = 20  # at most so many log-spaced epochs at which an eLCN is evaluated
-LIMITS = {
-    "epochs": (1, 10**5), "n_splits": (1, 10**4), "lc_epochs": (0, 10**5), "data_size": (0, 10**9),
-    "batch_size": (1, 10**6), "seed": (0, 2**32 - 1),
-}  # fmt: skip
-
-
-class AnotherRun(RnormError):
-    """A run's directory holds a run of other settings or other data."""
+IDENTITY = ("data_sha256", "layers")  # what makes a run what it is, beside its settings
 
 
 def log_spaced_epochs(n: int, count: int) -> list[int]:
     """At most `count` log-spaced epochs from 1 to `n`, the last included unless count is 1."""
-    import numpy as np
-
     # Without the tiny addition, rounding drops epoch n for n = 30, 40, 50, 80, ...
     return [int(e) for e in np.unique((np.logspace(0, np.log10(n), count) + 1e-9).astype(int))]
 
 
+def setting(default: object, help: str, *limits: float, **flag: object) -> Any:
+    """A field of Settings: its default, what --help says, the smallest and largest value, and arguments of its flag."""
+    return field(default=default, metadata={"help": help, "limits": limits, "flag": flag})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What decides a run's results; with the data's SHA-256 its identity. Raises ValueError for senseless values."""
+    """What decides a run's results; with the data's SHA-256 and the network's layers its identity.
 
-    epochs: int = 150
-    n_splits: int = 20
-    cnn_lr: float = 0.05
-    lc_lr: float = 0.01
-    splits: tuple[int, ...] = ()  # explicit split epochs, in place of n_splits
-    lc_epochs: int = 0  # 0: as many as epochs
-    network: str = "skinnyprime"
-    dataset: str = "cifar10"  # the name, or an .npz file's stem
-    data_size: int = 0  # 0: all training images
-    batch_size: int = 250
-    seed: int = 0
-    shuffle: bool = False
-    precision: str = "float32"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    Every setting is a flag of experiments.py. Raises ValueError for values that make no sense.
+    """
+
+    epochs: int = setting(150, "epochs of the CNN", 1, 10**5)
+    n_splits: int = setting(20, "convert the CNN at this many log-spaced epochs; equal ones count once", 1, 10**4)
+    cnn_lr: float = setting(0.05, "learning rate of the CNN", 1e-30, 1e38)
+    lc_lr: float = setting(0.01, "learning rate of the eLCNs and of other converted networks", 1e-30, 1e38)
+    splits: tuple[int, ...] = setting((), "convert at these epochs instead of n_splits", nargs="+", metavar="EPOCH")
+    lc_epochs: int = setting(0, "epochs of each converted network; 0: as many as the CNN's", 0, 10**5)
+    network: str = setting("skinnyprime", "a network of models.py, by name")
+    dataset: str = setting("cifar10", "cifar10, cifar100, synthetic, or FILE.npz with x_train, y_train, x_test, y_test")
+    data_size: int = setting(0, "use the first N training images; 0: all", 0, 10**9)
+    batch_size: int = setting(250, "images per step", 1, 10**6)
+    seed: int = setting(0, "seed of the initial weights and of --shuffle", 0, 2**32 - 1)
+    shuffle: bool = setting(False, "shuffle in every epoch (default: the data set's order)")
+    precision: str = setting(
+        "float32", "tf32: on CUDA, of products and convolutions alone; float64: of everything",
+        choices=("float32", "tf32", "float64"),
+    )  # fmt: skip
+    momentum: float = setting(0.0, "momentum of SGD", 0, 0.999999)
+    weight_decay: float = setting(0.0, "weight decay of SGD", 0, 1e38)
 
     def __post_init__(self):
-        for name, (low, high) in LIMITS.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} {getattr(self, name)}: has to be between {low} and {high}")
-        for name in ("cnn_lr", "lc_lr"):
-            if not 0 < getattr(self, name) <= 1e38:
-                raise ValueError(f"{name} {getattr(self, name)}: has to be positive and at most 1e38, as in float32")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum {self.momentum}: has to be at least 0 and less than 1")
-        if not 0 <= self.weight_decay <= 1e38:
-            raise ValueError(f"weight_decay {self.weight_decay}: has to be between 0 and 1e38")
+        for of in dataclasses.fields(self):
+            value, limits = getattr(self, of.name), of.metadata["limits"]
+            if limits and not limits[0] <= value <= limits[1]:
+                raise ValueError(f"{of.name} {value}: has to be between {limits[0]} and {limits[1]}")
         if self.splits and not 0 <= min(self.splits) <= max(self.splits) <= self.epochs:
-            raise ValueError(f"splits {' '.join(map(str, self.splits))}: have to lie between 0 and {self.epochs}, the "
-                             "epochs")  # fmt: skip
+            words = " ".join(map(str, self.splits))
+            raise ValueError(f"splits {words}: have to lie between 0 and {self.epochs}, the epochs")
         # Settings that mean the same are spelled the same.
         object.__setattr__(self, "splits", tuple(sorted(set(self.splits))))
         if self.splits:
@@ -91,9 +84,9 @@ class Settings:
         named = ["epochs", "n_splits", "cnn_lr", "lc_lr"]
         if self.splits:
             named.remove("n_splits")
-        for field in dataclasses.fields(self)[4:]:
-            if getattr(self, field.name) != field.default:
-                named.append(field.name)
+        for of in dataclasses.fields(self)[4:]:
+            if getattr(self, of.name) != of.default:
+                named.append(of.name)
         parts = []
         for name in named:
             value = getattr(self, name)
@@ -105,11 +98,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Member:
-    """One network of a run: the CNN, or what a conversion made of it after `split` epochs.
+    """One network of a run: the CNN, or what a conversion made of it after `split` epochs; and its files."""
 
-    `run`, in the methods below, is the run's directory.
-    """
-
+    run: Path  # the run's directory
     settings: Settings
     conversion: str = ""  # a name of `rnorm.conversions`; "" for the CNN itself
     split: int = 0  # 0 for the CNN itself, too
@@ -120,7 +111,7 @@ class Member:
 
     @property
     def label(self) -> str:
-        """The network's name for people and in status.json: CNN, eLCN from 9, tied from 9."""
+        """The network's name for people: CNN, eLCN from 9, tied from 9."""
         if self.is_cnn:
             return "CNN"
         return f"{'eLCN' if self.conversion == 'lc' else self.conversion} from {self.split}"
@@ -145,22 +136,25 @@ class Member:
 
     @property
     def stem(self) -> str:
-        """What the names of the network's files begin with."""
+        """What the names of the network's checkpoints begin with."""
         network = self.settings.network
         return network if self.is_cnn else f"{network}_{self.conversion}_version"
 
-    def directory(self, run: Path) -> Path:
-        return run if self.is_cnn else run / f"{self.stem}_{self.split}"
+    @property
+    def directory(self) -> Path:
+        return self.run if self.is_cnn else self.run / f"{self.stem}_{self.split}"
 
-    def checkpoint(self, run: Path, epoch: int) -> Path:
-        return self.directory(run) / f"{self.stem}_{epoch}.pyT"
+    @property
+    def history_file(self) -> Path:
+        return self.directory / "evaluation-history.hist"
 
-    def history(self, run: Path) -> Path:
-        return self.directory(run) / "evaluation-history.hist"
-
-    def latest(self, run: Path) -> Path:
+    @property
+    def latest_file(self) -> Path:
         """The file of the unfinished network, between two evaluations."""
-        return self.directory(run) / "latest.pyT"
+        return self.directory / "latest.pyT"
+
+    def checkpoint(self, epoch: int) -> Path:
+        return self.directory / f"{self.stem}_{epoch}.pyT"
 
 
 def converted_members(run: Path, settings: Settings) -> list[Member]:
@@ -169,30 +163,18 @@ def converted_members(run: Path, settings: Settings) -> list[Member]:
     for directory in run.glob(f"{settings.network}_*_version_*"):
         match = re.fullmatch(r"_([^_]+)_version_(0|[1-9]\d*)", directory.name.removeprefix(settings.network))
         if match and int(match[2]) in settings.split_epochs:
-            members.append(Member(settings, match[1], int(match[2])))
+            members.append(Member(run, settings, match[1], int(match[2])))
     return sorted(members, key=lambda member: (member.conversion != "lc", member.conversion, member.split))
+
+
+def has_files_of_a_run(directory: Path) -> bool:
+    """Whether a directory is a run's, with config.json or without."""
+    return any(next(directory.glob(name), None) for name in ("config.json*", "*.hist", "*.pyT"))
 
 
 def read_config(run: Path) -> tuple[Settings, dict]:
     """The settings and all of config.json of a run; raises RnormError if `run` is not one or config.json is damaged."""
-    again = "repeat the run's experiments.py command to make it anew"
-    try:
-        return _read_config(run / "config.json")
-    except (FileNotFoundError, NotADirectoryError):
-        if has_files_of_a_run(run):
-            raise RnormError(f"{run / 'config.json'} is missing; {again}") from None
-        raise RnormError(f"{run} is not a run of experiments.py: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise RnormError(f"{run / 'config.json'} is damaged ({error}); {again}") from None
-
-
-def has_files_of_a_run(directory: Path) -> bool:
-    """Whether a directory without config.json was a run's all the same."""
-    return any(next(directory.glob(name), None) for name in ("config.json*", "status.json", "*.hist", "*.pyT"))
-
-
-def _read_config(path: Path) -> tuple[Settings, dict]:
-    """Raises OSError, or ValueError if the file is not what `write_config` writes."""
+    path, remedy = run / "config.json", "put back a copy of it, or start over with --fresh or another --results_dir"
     try:
         config = json.loads(path.read_text())
         if config.pop("crc32", _crc32(config)) != _crc32(config):
@@ -204,41 +186,47 @@ def _read_config(path: Path) -> tuple[Settings, dict]:
             raise ValueError("a setting has the wrong type")
         if not isinstance(config.get("dataset_file"), str | None):
             raise ValueError("dataset_file is no path")
+        if not isinstance(config.get("layers", []), list):
+            raise ValueError("layers is no list")
         return Settings(**settings), config
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        if has_files_of_a_run(run):
+            raise RnormError(f"{path} is missing; {remedy}") from None
+        raise RnormError(f"{run} is not a run of experiments.py: it has no config.json") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RnormError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from None
 
 
 def _crc32(config: dict) -> int:
-    """The checksum in config.json of the rest of it."""
-    rest = {key: value for key, value in config.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+    """The checksum in config.json of all the rest of it."""
+    return zlib.crc32(json.dumps(config, sort_keys=True).encode())
 
 
-def write_config(run: Path, settings: Settings, sha256: str, dataset_file: str | None, environment: dict) -> None:
+def write_config(run: Path, settings: Settings, config: dict) -> None:
     """Write a new run's config.json, or compare with the one that is there.
 
-    Raises AnotherRun with the differences if the run's identity is another. Other versions, device, threads or commit
-    are a warning. Where an .npz file lies is neither.
+    `config` holds what else it records: `data_sha256` and `layers` (the network's, as text), which with the settings
+    are the run's identity, and `dataset_file`, versions, device, ... Raises RnormError with the differences if the run
+    there is another. Other versions, device, threads or commit are a warning; where an .npz file lies is neither. What
+    an older config.json lacks is not compared.
     """
-    new = {"settings": dataclasses.asdict(settings), "data_sha256": sha256, "dataset_file": dataset_file, **environment}
-    path = run / "config.json"
-    try:
-        old_settings, old = _read_config(path)
-    except (OSError, ValueError) as error:
-        if path.exists():
-            set_aside(path, str(error))
-        elif has_files_of_a_run(run):
-            print(f"warning: {path} was missing and is made anew", file=sys.stderr)
+    path, new = run / "config.json", {"settings": dataclasses.asdict(settings), **config}
+    if not path.exists() and not has_files_of_a_run(run):
         write_file(path, (json.dumps({**new, "crc32": _crc32(new)}, indent=1) + "\n").encode())
         return
-    there = {**dataclasses.asdict(old_settings), "data_sha256": old.get("data_sha256")}
-    here = {**new["settings"], "data_sha256": sha256}
+    old_settings, old = read_config(run)
+    there, here = dataclasses.asdict(old_settings), dict(new["settings"])
+    if "data_sha256" in old:
+        there["data_sha256"], here["data_sha256"] = old["data_sha256"], config["data_sha256"]
+    if "layers" in old:
+        for i, layers in enumerate(zip_longest(old["layers"], config["layers"])):
+            there[f"layer {i}"], here[f"layer {i}"] = layers
     if differences := [f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]:
-        raise AnotherRun(f"{run} is another run: {'; '.join(differences)}")
-    for key in environment:
-        if old.get(key) != new[key]:
-            print(f"warning: {run.name} was begun with {key} {old.get(key)}, now {new[key]}", file=sys.stderr)
+        remedy = "give the same settings, data and network, or use another --results_dir, or --fresh to delete it"
+        raise RnormError(f"{run} is another run: {'; '.join(differences)}; {remedy}")
+    for key in config:
+        if key not in (*IDENTITY, "dataset_file") and old.get(key) != config[key]:
+            print(f"warning: {run.name} was begun with {key} {old.get(key)}, now {config[key]}", file=sys.stderr)
 
 
 def environment(device: dict, threads: int) -> dict:
@@ -255,57 +243,3 @@ def environment(device: dict, threads: int) -> dict:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return {**device, "threads": threads, "versions": versions, "git_commit": commit or "unknown"}
-
-
-def read_status(run: Path, damaged: Callable[[Path, str], None] = lambda path, reason: None) -> dict:
-    """status.json: {"networks": {label: {...}}, "sessions": [...]}.
-
-    Empty if the file is missing or bad; `damaged` is told of a bad one.
-    """
-    path = run / "status.json"
-    try:
-        status = json.loads(path.read_text())
-        if isinstance(status["sessions"], list) and all(isinstance(n, dict) for n in status["networks"].values()):
-            return status
-        damaged(path, "not the lists and dicts it should be")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        damaged(path, f"{type(error).__name__}: {error}")
-    return {"networks": {}, "sessions": []}
-
-
-def update_status(run: Path, change: Callable[[dict], object]) -> None:
-    """Apply `change` to status.json; processes that train other networks of the run do the same meanwhile."""
-    with Lock(run, ".status.lock", wait=True):
-        status = read_status(run, set_aside)
-        change(status)
-        write_file(run / "status.json", (json.dumps(status, indent=1) + "\n").encode())
-
-
-def network_status(run: Path, member: Member) -> dict:
-    """What status.json says of one network: `state`, `epoch`, `seconds`, `diverged_at`; empty before its training."""
-    return read_status(run)["networks"].get(member.label, {})
-
-
-def note_network(run: Path, member: Member, **values: object) -> None:
-    """Note values of one network in status.json."""
-    update_status(run, lambda status: status["networks"].setdefault(member.label, {}).update(values))
-
-
-def diverged_at(run: Path, member: Member) -> int | None:
-    """The epoch in which the network's loss ceased to be finite, as noted in status.json."""
-    epoch = network_status(run, member).get("diverged_at")
-    return epoch if type(epoch) is int else None
-
-
-def begin_session(run: Path, device: str) -> None:
-    """Note in status.json that this process starts to work on the run."""
-    session = {
-        "started": datetime.now().isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "device": device,
-        "command": sys.argv,
-    }
-    update_status(run, lambda status: status["sessions"].append(session))

@@ -12,6 +12,11 @@ def files(run: Path) -> set[Path]:
     return {p for p in paths if p.suffix not in (".lock", ".json") and p.name != ".lock" and ".damaged" not in p.name}
 
 
+def states(run: Path) -> dict[Path, tuple[int, int]]:
+    """What tells whether a file of the run was written anew."""
+    return {path: ((run / path).stat().st_mtime_ns, (run / path).stat().st_ino) for path in files(run)}
+
+
 def equal(a: object, b: object) -> bool:
     """Equal types, keys, lengths, numbers and tensors, in which NaN equals NaN."""
     if type(a) is not type(b):
@@ -29,7 +34,10 @@ def differences(a: Path, b: Path) -> list[str]:
     """The names of files that only one of two runs has, or whose contents are not equal; none if bit-identical."""
     unequal = files(a) ^ files(b)
     for path in files(a) & files(b):
-        contents = [torch.load(run / path, map_location="cpu", weights_only=True) for run in (a, b)]
+        try:
+            contents = [torch.load(run / path, map_location="cpu", weights_only=True) for run in (a, b)]
+        except Exception:  # one is damaged
+            contents = 0, 1
         if not equal(*contents):
             unequal.add(path)
     return sorted(map(str, unequal))

@@ -5,12 +5,15 @@ locks and exit status. `python forked.py` is that process; it obeys lines of JSO
 """
 
 import builtins
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 LIMIT = 120  # seconds after which a study that hangs is killed
@@ -32,12 +35,10 @@ class Study:
         assert "Traceback" not in self.err, self.err
         return self
 
-    def wait_until_stopped(self) -> None:
-        """Wait until a `stop` fault has stopped it."""
-        self.server.ask({"wait_stopped": self.pid})
-
-    def kill(self, signum: signal.Signals = signal.SIGKILL) -> None:
+    def kill(self, signum: signal.Signals = signal.SIGKILL) -> "Study":
+        """Send it a signal and wait for its end."""
         os.kill(self.pid, signum)
+        return self.wait()
 
 
 class Server:
@@ -54,14 +55,19 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def start(self, script: str, *arguments: object, **options: object) -> Study:
-        """Start a study. Options: `fault`, arguments of `Fault`; `save_every` seconds that latest.pyT is written;
-        `stdout`, a file for its output, in place of one that `wait` reads; `env`, environment variables to set;
-        `threads` of torch."""
+        """Start a study; one that a `stop` fault is to stop has been stopped when this returns.
+
+        Options: `fault`, arguments of `Fault`; `save_every` seconds that latest.pyT is written; `stdout`, a file for
+        its output, in place of one that `wait` reads; `env`, environment variables to set; `threads` of torch.
+        """
         self.count += 1
         log = self.directory / f"study{self.count}"
         for end in (".out", ".err"):
             log.with_suffix(end).touch()
-        return Study(self, self.ask({"argv": [script, *map(str, arguments)], "log": str(log), **options}), log)
+        study = Study(self, self.ask({"argv": [script, *map(str, arguments)], "log": str(log), **options}), log)
+        if options.get("fault", {}).get("action") == "stop":
+            self.ask({"wait_stopped": study.pid})
+        return study
 
     def run(self, script: str, *arguments: object, **options: object) -> Study:
         """Start a study and wait for its end."""
@@ -74,7 +80,7 @@ class Server:
 
 class Fault:
     """Does `action` at the `at`-th of the calls open, write (half of it is done), fsync, replace, rename, unlink, step,
-    stepped (as step, but after it).
+    stepped (as step, but after it), evaluate.
 
     action: "kill" (with -9), "stop" (until SIGCONT), "fill" (the disk that `filler` lies on), "oom" (memory is
     exhausted), or a signal's name. file: only calls on files with this in their path count; call: only this call
@@ -102,18 +108,14 @@ class Fault:
         self.left -= 1
         if self.left != 0:
             return
-        if self.action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif self.action == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        elif self.action == "fill":
+        if self.action == "fill":
             fill(self.filler)
         elif self.action == "oom":
-            import torch
-
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")  # as torch.OutOfMemoryError
+        elif self.action == "stop":  # until SIGCONT, here: a signal to the process may reach another thread, later
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         else:
-            os.kill(os.getpid(), signal.Signals[self.action])
+            os.kill(os.getpid(), signal.SIGKILL if self.action == "kill" else signal.Signals[self.action])
 
     def wrap(self, name: str, function):
         def faulty(path, *args, **kwargs):
@@ -126,62 +128,54 @@ class Fault:
         return faulty
 
     def open(self, path, mode="r", **kwargs):
+        """`open`; what is opened for writing reaches the fault when half of the content is written."""
         if mode != "wb":
             return builtins.open(path, mode, **kwargs)
         self.reached("open", path)
-        file, fault = builtins.open(path, mode, **kwargs), self  # noqa: SIM115 - Half closes it
 
-        class Half:
-            """`file`, whose write reaches the fault when half of the content is written."""
+        class Half(io.BufferedWriter):
+            def write(half, content: bytes) -> None:
+                super().write(content[: len(content) // 2])
+                half.flush()
+                self.reached("write", path)
+                super().write(content[len(content) // 2 :])
 
-            def write(self, content: bytes) -> None:
-                file.write(content[: len(content) // 2])
-                file.flush()
-                fault.reached("write", path)
-                file.write(content[len(content) // 2 :])
-
-            def __getattr__(self, name: str):
-                return getattr(file, name)
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                file.close()
-
-        return Half()
+        return Half(io.FileIO(path, "wb"))
 
 
 def fill(filler: str) -> None:
     """Fill the disk that the file `filler` lies on to the last byte."""
     with builtins.open(filler, "wb", buffering=0) as file:
         for size in (2**16, 2**12, 1):
-            try:
-                while True:
-                    if file.write(bytes(size)) < size:
-                        break
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
 
 
 def child(request: dict) -> None:
     """Be a study."""
     import small_study
     import torch
-    import train
-    from rnorm import cli
+    from rnorm import checkpoints, cli
 
     os.setsid()
     os.environ.update(request.get("env", {}))
     torch.set_num_threads(request.get("threads", 1))
-    train.SAVE_EVERY = request.get("save_every", train.SAVE_EVERY)
+    checkpoints.SAVE_EVERY = request.get("save_every", checkpoints.SAVE_EVERY)
     streams = (request.get("stdout", request["log"] + ".out"), request["log"] + ".err")
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     cli.note_signals()
     if "fault" in request:
         Fault(**request["fault"])
-    cli.finish(small_study.SCRIPTS[request["argv"][0]], request["argv"])
+    try:
+        cli.finish(small_study.SCRIPTS[request["argv"][0]], request["argv"])
+    except SystemExit as exit:
+        os._exit(exit.code)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(70)
 
 
 def serve() -> None:
@@ -193,6 +187,7 @@ def serve() -> None:
     torch.set_num_threads(1)  # a process that had several could not be forked
     step = Step(small_study.small_cnn().net, (3, 32, 32), 0.1, batch_size=2)
     step(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
+    torch.optim.SGD([torch.zeros(1)])  # imports torch's compiler
     studies = set()
     for line in sys.stdin:
         request = json.loads(line)
@@ -205,18 +200,7 @@ def serve() -> None:
             assert not torch.cuda.is_initialized()  # CUDA does not survive a fork
             reply = os.fork()
             if reply == 0:
-                status = 70
-                try:
-                    child(request)
-                except SystemExit as exit:
-                    status = exit.code
-                except BaseException:
-                    import traceback
-
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(status)
+                child(request)
             studies.add(reply)
         replies.write(json.dumps(reply) + "\n")
         replies.flush()

@@ -21,13 +21,17 @@ def small_cnn(num_classes: int = 10) -> ConvNet:
     )  # fmt: skip
 
 
-NETWORKS["small"] = small_cnn
+def dropping_cnn(num_classes: int = 10) -> ConvNet:
+    """The same with dropout."""
+    layers = list(small_cnn(num_classes).net)
+    return ConvNet(*layers[:-1], nn.Dropout(0.3), layers[-1])
+
+
+NETWORKS |= {"small": small_cnn, "dropping": dropping_cnn}
 SCRIPTS = {"experiments.py": experiments.main, "convert.py": convert.main}
 
 
 def run(script: str, *arguments: object) -> int:
     """One script in this process, on the CPU and with the small CNN; returns its exit status or raises cli.Stop."""
-    argv = [*map(str, arguments), "--device", "cpu"]
-    if script == "experiments.py":
-        argv += ["--network", "small"]
-    return SCRIPTS[script](argv)
+    network = ["--network", "small"] if script == "experiments.py" else []
+    return SCRIPTS[script]([*map(str, arguments), "--device", "cpu", *network])

@@ -8,21 +8,19 @@ from small_study import small_cnn
 from torch import nn
 
 from models import skinnyprime
-from rnorm.conversions import untie
+from rnorm.conversions import find_conversion, fully_connect, layers_of, untie
 from rnorm.data import Data
 from rnorm.measure import KEYS, evaluate, multiclass_margins, norms, published_margins, training_flop
 
-LOGITS = torch.tensor([[3.0, 1.0, 0.0, -2.0], [3.0, 1.0, 0.0, -2.0], [3.0, 1.0, 0.0, -2.0]])
-LABELS = torch.tensor([0, 1, 3])  # right, wrong, wrong
+IMAGE = (3, 32, 32)
 
 
-def test_the_published_margin_subtracts_the_second_smallest_logit_where_the_prediction_is_right():
-    # Right: 3 - 0, the second smallest of (-2, 0, 1, 3). Wrong: 1 - 3 and -2 - 3, the largest.
-    assert published_margins(LOGITS, LABELS).tolist() == [3.0, -2.0, -5.0]
-
-
-def test_the_multiclass_margin_subtracts_the_largest_other_logit():
-    assert multiclass_margins(LOGITS, LABELS).tolist() == [2.0, -2.0, -5.0]
+def test_both_margins():
+    logits, labels = torch.tensor([[3.0, 1.0, 0.0, -2.0]] * 3), torch.tensor([0, 1, 3])  # right, wrong, wrong
+    # Published. Right: 3 - 0, the second smallest of (-2, 0, 1, 3). Wrong: 1 - 3 and -2 - 3, the largest.
+    assert published_margins(logits, labels).tolist() == [3.0, -2.0, -5.0]
+    # Multiclass: the largest other logit is subtracted.
+    assert multiclass_margins(logits, labels).tolist() == [2.0, -2.0, -5.0]
 
 
 def one_convolution() -> nn.Sequential:
@@ -41,45 +39,29 @@ def test_norms_count_a_convolution_once_per_position_and_no_bias():
     assert values["untied"] == values["untied_0"] == 0
 
 
-def test_untying_changes_no_norm():
-    for net in (one_convolution(), small_cnn().net):
-        shape = (1, 2, 3) if len(net) == 3 else (3, 32, 32)
-        tied, untied = norms(net, shape), norms(untie(net, shape), shape)
-        assert untied == pytest.approx(tied, rel=1e-6, abs=1e-6)
-
-
 def test_untied_is_the_distance_from_the_mean_filter_relative_to_the_weights():
     net = untie(one_convolution(), (1, 2, 3))
     net[0].weight.data[0, 0, 0, 0, 0] = 5.0  # weights 5, 2, 2, 2, 2, 2: mean 2.5, squared deviations 6.25 + 5 / 4
-    expected = math.sqrt(7.5 / (25 + 5 * 4))
-    assert norms(net, (1, 2, 3))["untied_0"] == pytest.approx(expected)
-    assert norms(net, (1, 2, 3))["untied"] == pytest.approx(expected)
+    values, expected = norms(net, (1, 2, 3)), math.sqrt(7.5 / (25 + 5 * 4))
+    assert values["untied_0"] == pytest.approx(expected) and values["untied"] == pytest.approx(expected)
 
 
 def test_a_training_step_costs_what_its_products_cost():
-    assert training_flop(skinnyprime().net, (3, 32, 32)) * 250 == pytest.approx(11.2e9, rel=2e-3)
-    assert training_flop(untie(skinnyprime().net, (3, 32, 32)), (3, 32, 32)) * 250 == pytest.approx(11.2e9, rel=2e-3)
+    for net in (skinnyprime().net, untie(skinnyprime().net, IMAGE)):
+        assert training_flop(net, IMAGE) * 250 == pytest.approx(11.2e9, rel=2e-3)
 
 
-class Scores(nn.Sequential):
-    """A network whose logits are the first pixels of the image."""
-
-    def forward(self, x):
-        return x[:, 0, 0, :3] + 0 * self[1](x.flatten(1)).sum()
-
-
-def scores_data(rows: list[list[float]], labels: list[int]) -> Data:
-    x = torch.zeros(len(rows), 1, 1, 3)
-    x[:, 0, 0] = torch.tensor(rows)
-    y = torch.tensor(labels)
-    return Data(x, y, x[:2], y[:2], 3, "")
+def evaluation(rows: list[list[float]], labels: list[int]) -> dict[str, float]:
+    """What is recorded of a network whose logits are `rows`; the first two images are for testing."""
+    classes = len(rows[0])
+    net = nn.Sequential(nn.Flatten(), nn.Linear(classes, classes, bias=False))
+    nn.init.eye_(net[1].weight)
+    x, y = torch.tensor(rows)[:, None, None], torch.tensor(labels)
+    return evaluate(net, net, Data(x, y, x[:2], y[:2], classes, ""))
 
 
 def test_an_evaluation_by_hand():
-    data = scores_data([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [5.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [0, 1, 1, 2])
-    net = Scores(nn.Flatten(), nn.Linear(3, 1, bias=False))
-    nn.init.constant_(net[1].weight, 1.0)
-    values = evaluate(net, net, data)
+    values = evaluation([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [5.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [0, 1, 1, 2])
     assert (values["train_acc"], values["test_acc"]) == (75.0, 100.0)
     assert values["margin"] == pytest.approx(((2 - 1) + (3 - 1)) / 2)  # the second smallest is the second largest here
     assert values["multiclass_margin"] == pytest.approx(((2 - 1) + (3 - 1)) / 2)
@@ -89,13 +71,44 @@ def test_an_evaluation_by_hand():
     assert values["test_loss"] == pytest.approx(sum(losses) / 2)
     assert values["norm"] == pytest.approx(3) and values["norm_margin_normalized"] == pytest.approx(3 / 1.5)
     assert values["log_prod_norm_normalized"] == pytest.approx(math.log(math.sqrt(3)) - math.log(1.5))
-    assert set(KEYS) - {"checkpoints"} <= set(values)
-    assert all(type(value) is float for value in values.values())
+    assert set(KEYS) - {"checkpoints"} <= set(values) and all(type(value) is float for value in values.values())
 
 
 def test_normalized_norms_are_nan_where_the_margin_is_not_positive():
-    data = scores_data([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], [0, 0])
-    net = Scores(nn.Flatten(), nn.Linear(3, 1, bias=False))
-    values = evaluate(net, net, data)
+    values = evaluation([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], [0, 0])
     assert values["margin"] < 0
     assert math.isnan(values["norm_margin_normalized"]) and math.isnan(values["log_prod_norm_normalized"])
+
+
+def test_nonlocal_and_untied_of_an_efcn_worked_by_hand():
+    """The matrix [[1, 1, 0], [0, 1, 1]] of a filter (1, 1), with 2 put outside the local fields, then a tap changed."""
+    conv = nn.Conv2d(1, 1, (1, 2), bias=False)
+    nn.init.ones_(conv.weight)
+    efcn = fully_connect(nn.Sequential(conv), (1, 1, 3))
+    with torch.no_grad():
+        efcn[1].weight[0, 2] = 2
+        recorded = norms(efcn, (1, 1, 3))
+        assert recorded["nonlocal"] == pytest.approx(4 / 8)
+        assert recorded["untied"] == recorded["untied_1"] == pytest.approx(math.sqrt(4 / 8))
+        efcn[1].weight[0, 0] = 3
+    recorded = norms(efcn, (1, 1, 3))
+    assert recorded["nonlocal"] == pytest.approx(4 / 16)
+    assert recorded["untied"] == pytest.approx(math.sqrt((4 + 1 + 1) / 16))
+
+
+def test_top_five_accuracy_is_recorded_with_more_than_ten_classes():
+    values = evaluation([[*map(float, range(12))]] * 4, [7, 7, 6, 6])  # fifth, fifth, sixth, sixth
+    assert (values["train_acc"], values["train_top5_acc"], values["test_top5_acc"]) == (0, 50, 100)
+    assert not any("top5" in key for key in evaluation([[*map(float, range(10))]] * 2, [1, 2]))
+
+
+@pytest.mark.parametrize("conversion", ["lc", "lc5", "fc"])
+def test_of_a_converted_network_the_same_is_recorded(conversion):
+    torch.manual_seed(0)
+    cnn, x, y = small_cnn().double(), torch.randn(40, *IMAGE, dtype=torch.float64), torch.arange(40) % 10
+    converted = layers_of(find_conversion(conversion).convert(cnn, IMAGE))
+    data = Data(x[:25], y[:25], x[25:], y[25:], 10, "")
+    values, expected = (evaluate(net, net, data) for net in (converted, cnn.net))
+    more = {"untied_2": 0, "untied_8": 0, "nonlocal": 0} if conversion == "fc" else {}
+    expected = {key: value for key, value in expected.items() if key in values} | more
+    assert values == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True) and values.get("nonlocal", 0) == 0

@@ -1,5 +1,6 @@
 """The study as a whole: its files, and the identity of a CNN and what it was converted to at the split."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -7,13 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare_runs import files
-from small_study import run
+import torch
+from compare_runs import equal, states
+from small_study import run, small_cnn
+from torch import nn
 
-from rnorm.checkpoints import load, load_history
+import experiments
+from convert import largest_difference
+from models import NETWORKS, ConvNet, load_network, skinnyprime
+from rnorm.checkpoints import Track, load, load_history, save
 from rnorm.cli import Stop
+from rnorm.conversions import untie
+from rnorm.files import RnormError
 from rnorm.measure import KEYS
-from rnorm.runs import Member, converted_members, read_config
+from rnorm.runs import Member, Settings, converted_members, read_config
 
 
 def study(tmp_path, npz, *flags):
@@ -23,13 +31,7 @@ def study(tmp_path, npz, *flags):
 
 
 def history_of(run: Path, conversion: str = "", split: int = 0) -> dict[str, list]:
-    member = Member(read_config(run)[0], conversion, split)
-    return load_history(member.history(run), member)
-
-
-def states(run: Path) -> dict:
-    """What tells whether a file of the run was written anew."""
-    return {path: ((run / path).stat().st_mtime_ns, (run / path).stat().st_ino) for path in files(run)}
+    return load_history(Member(run, read_config(run)[0], conversion, split))
 
 
 def test_a_run_leaves_the_documented_files(tmp_path, npz):
@@ -38,7 +40,7 @@ def test_a_run_leaves_the_documented_files(tmp_path, npz):
     names = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")}
     converted = [(c, s) for c in ("lc", "tied") for s in (1, 3)]
     assert names == {
-        "config.json", "status.json", "evaluation-history.hist", *(f"small_{e}.pyT" for e in range(4)),
+        "config.json", "evaluation-history.hist", *(f"small_{e}.pyT" for e in range(4)),
         *(f"small_{c}_version_{s}/small_{c}_version_{e}.pyT" for c, s in converted for e in range(3)),
         *(f"small_{c}_version_{s}/evaluation-history.hist" for c, s in converted),
     }  # fmt: skip
@@ -52,45 +54,45 @@ def test_a_run_leaves_the_documented_files(tmp_path, npz):
         assert all(type(v) in (int, float) for key in values for v in values[key])
 
 
-def test_a_cnn_at_its_split_and_what_it_is_converted_to_agree_in_every_key(tmp_path, npz):
-    conversions = ("lc", "lc5", "tied", "cnn")
-    path = study(
-        tmp_path, npz, "--epochs", 4, "--splits", 2, 4, "--cnn_lr", 0.3, "--lc_epochs", 1, "--convert_to", *conversions
-    )
-    cnn = history_of(path)
-    for conversion in conversions:
-        for split in (2, 4):
-            converted = history_of(path, conversion, split)
-            assert list(converted) == list(cnn) and converted["checkpoints"] == [0, 1]
-            for key in set(cnn) - {"checkpoints"}:
-                at_split = pytest.approx(cnn[key][split], rel=1e-4, abs=1e-5, nan_ok=True)
-                assert converted[key][0] == at_split, (conversion, key)
+CONVERTED = ("lc", "lc5", "tied", "tied5", "tied1+5", "cnn")
 
 
-def test_after_a_step_the_filters_have_left_the_tied_subspace_where_they_were_untied(tmp_path, npz):
-    conversions = ("lc", "lc5", "tied", "cnn")
-    path = study(tmp_path, npz, "--epochs", 1, "--n_splits", 1, "--lc_lr", 0.1, "--convert_to", *conversions)
+@pytest.fixture(scope="module")
+def path(data, tmp_path_factory):
+    """A run with all kinds of conversions, which learn at the CNN's rate."""
+    rates, results = ("--cnn_lr", 0.1, "--lc_lr", 0.1, "--weight_decay", 0.01), tmp_path_factory.mktemp("results")
+    return study(results, data, "--epochs", 3, "--splits", 1, 3, *rates, "--convert_to", *CONVERTED)
+
+
+@pytest.mark.parametrize("conversion", CONVERTED)
+@pytest.mark.parametrize("split", [1, 3])
+def test_a_cnn_at_its_split_and_what_it_is_converted_to_agree_in_every_key(path, conversion, split):
+    cnn, converted = history_of(path), history_of(path, conversion, split)
+    assert list(converted) == list(cnn) and converted["checkpoints"] == [0, 1, 2, 3]
+    for key in set(cnn) - {"checkpoints"}:
+        assert converted[key][0] == pytest.approx(cnn[key][split], rel=1e-4, abs=1e-5, nan_ok=True), key
+
+
+def test_the_filters_leave_the_tied_subspace_where_they_were_untied_and_there_alone(path):
     left = {}
-    for conversion in conversions:
+    for conversion in CONVERTED:
         history = history_of(path, conversion, 1)
         assert history["untied"][0] < 1e-6
         left[conversion] = [history[key][1] > 1e-5 for key in ("untied", "untied_1", "untied_5")]
-    assert left == {"lc": [True] * 3, "lc5": [True, False, True], "tied": [False] * 3, "cnn": [False] * 3}
+    everywhere, nowhere = [True] * 3, [False] * 3
+    assert left == dict.fromkeys(CONVERTED, nowhere) | {"lc": everywhere, "lc5": [True, False, True]}
 
 
-def test_the_cnn_trained_on_at_its_own_rate_is_the_cnn(tmp_path, npz):
-    path = study(tmp_path, npz, "--epochs", 3, "--splits", 1, "--lc_lr", 0.05, "--convert_to", "cnn", "tied")
-    cnn, on, tied = history_of(path), history_of(path, "cnn", 1), history_of(path, "tied", 1)
+def test_the_controls_are_the_cnn_itself_and_of_all_layers_by_name_that_of_all(path):
+    cnn, on = history_of(path), history_of(path, "cnn", 1)
     assert on["train_loss"][:3] == cnn["train_loss"][1:] and on["norm"][:3] == cnn["norm"][1:]
-    assert tied["train_loss"][1] != on["train_loss"][1]
-
-
-def test_keep_last_keeps_one_checkpoint_and_the_same_history(tmp_path, npz):
-    everything = study(tmp_path / "all", npz, "--epochs", 3, "--n_splits", 1)
-    last = study(tmp_path / "last", npz, "--epochs", 3, "--n_splits", 1, "--keep", "last")
-    assert [p.name for p in (last / "small_lc_version_1").glob("*.pyT")] == ["small_lc_version_3.pyT"]
-    assert repr(history_of(last, "lc", 1)) == repr(history_of(everything, "lc", 1))
-    assert len(list(last.glob("*.pyT"))) == 4  # those of the CNN
+    tied, tied5, all_by_name, on = (
+        load(path / f"small_{name}_version_1" / f"small_{name}_version_3.pyT")
+        for name in ("tied", "tied5", "tied1+5", "cnn")
+    )
+    assert equal(tied, all_by_name)
+    weights = [state["weights"]["net.1.weight"] for state in (tied, tied5, on)]
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(weights, 2))
 
 
 def test_conversions_are_added_to_a_run_without_touching_what_is_there(tmp_path, npz):
@@ -116,6 +118,35 @@ def test_conversions_are_added_to_a_run_without_touching_what_is_there(tmp_path,
         run("convert.py", path, "--split", 2)
 
 
+@pytest.mark.parametrize("width, pool", [(4, nn.AvgPool2d(3, 2)), (6, nn.MaxPool2d(3, 2))])
+def test_a_network_that_was_edited_is_another_run(tmp_path, npz, monkeypatch, width, pool):
+    """With the same shapes of weights, and with others."""
+    flags = ("--epochs", 2, "--n_splits", 1)
+    path = study(tmp_path, npz, *flags, "--cnn_only")
+    before = {file: file.read_bytes() for file in path.rglob("*.*") if file.name != ".lock"}
+
+    def edited(num_classes: int) -> ConvNet:
+        layers = list(small_cnn(num_classes).net)
+        return ConvNet(*layers[:5], nn.Conv2d(4, width, 3), nn.ReLU(), pool, *layers[8:-1], nn.Linear(width, 3))
+
+    monkeypatch.setitem(NETWORKS, "small", edited)
+    for call in (lambda: study(tmp_path, npz, *flags), lambda: run("convert.py", path)):
+        with pytest.raises(RnormError, match=r"is another run: layer \d .* there, .* here.*; give the same") as error:
+            call()
+        assert "\n" not in str(error.value)
+        assert {file: file.read_bytes() for file in path.rglob("*.*") if file.name != ".lock"} == before
+
+
+def test_a_conversion_is_compared_with_its_cnn_in_double_precision():
+    torch.manual_seed(0)
+    cnn, x = small_cnn(), torch.randn(20, 3, 32, 32)
+    elcn = untie(cnn.net, (3, 32, 32))
+    assert largest_difference(cnn, elcn, x) < 1e-12
+    assert {p.dtype for p in (*cnn.parameters(), *elcn.parameters())} == {torch.float32}
+    elcn[9].weight.data[0, 0] *= 1 + 1e-6
+    assert largest_difference(cnn, elcn, x) > 1e-9
+
+
 def test_runs_differ_in_every_setting_that_changes_results(tmp_path, npz):
     """The flag arrives in the run: its name, and what is trained."""
     base = study(tmp_path / "base", npz, "--epochs", 1, "--cnn_only")
@@ -125,36 +156,42 @@ def test_runs_differ_in_every_setting_that_changes_results(tmp_path, npz):
         assert history_of(other)["test_loss"][1] != history_of(base)["test_loss"][1], flags
 
 
-def test_the_plan_trains_nothing(tmp_path, npz, capsys):
-    arguments = ("--exec", 0, "--dataset", npz, "--results_dir", tmp_path / "results", "--convert_to", "lc", "tied")
-    assert run("experiments.py", *arguments) == 0
-    plan = capsys.readouterr().out
+def test_the_plan_trains_nothing_and_does_not_load_torchs_compiler(tmp_path, npz):
+    """To load it takes seconds."""
+    code = "import sys, small_study; small_study.run(*sys.argv[1:]); sys.exit('sympy' in sys.modules)"
+    flags = ("--exec", 0, "--dataset", npz, "--results_dir", tmp_path / "results", "--convert_to", "lc", "tied")
+    argv = [sys.executable, "-c", code, "experiments.py", *map(str, flags)]
+    plan = subprocess.run(argv, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
     assert plan.count("1 2 3 4 6 8 10 13 18 23 30 40 52 67 88 115 150") == 3  # the splits twice, and the evaluations
     assert "GB needed" in plan and "GB free" in plan and "tied        17, from these epochs" in plan
+    assert "TFLOP" in plan and "0 of 35 networks complete" in plan
     assert not (tmp_path / "results").exists()
 
 
-def test_a_short_study_is_announced_in_seconds(tmp_path, npz, capsys):
-    study(tmp_path, npz, "--epochs", 1, "--cnn_only")
-    announced = capsys.readouterr().out.splitlines()[1]
-    assert announced == "training on the CPU: 0 GFLOP, at 100 GFLOP/s 0 s, and the evaluations"
+def test_the_plan_counts_the_histories_that_checkpoints_hold(tmp_path):
+    """At 10,000 epochs they are most of what is written."""
+    member = Member(tmp_path, Settings(epochs=10_000))
+    planned, _ = experiments.disk_space(tmp_path / "run", [member], None)
+    track, sizes = Track(member, skinnyprime(), [0.05] * 8), []
+    keys = [*KEYS[1:], "untied_1", "untied_5", "untied_9"]
+    for track.epoch in (0, 10_000):
+        values = np.random.default_rng(0).random((len(keys), track.epoch + 1)).tolist()
+        track.history = {"checkpoints": list(range(track.epoch + 1)), **dict(zip(keys, values))}
+        save(track.state(), tmp_path / "file")
+        sizes.append((tmp_path / "file").stat().st_size)
+    assert planned == pytest.approx(10_001 * sum(sizes) / 2, rel=0.1)
 
 
-def test_a_file_called_like_cifar10_is_another_run(tmp_path, npz):
-    path = npz.rename(npz.with_name("cifar10.npz"))
-    run_name = study(tmp_path, path, "--epochs", 1, "--cnn_only").name
-    assert run_name == "epochs=1-n_splits=20-cnn_lr=0.05-lc_lr=0.01-network=small-dataset=cifar10.npz-batch_size=25"
+def test_double_precision_is_double_throughout(tmp_path, npz):
+    path = study(tmp_path, npz, "--epochs", 1, "--n_splits", 1, "--precision", "float64", "--convert_to", "lc", "fc")
+    for checkpoint in path.rglob("*.pyT"):
+        assert {p.dtype for p in load_network(checkpoint).parameters()} == {torch.float64}
+        assert {p.dtype for p in load(checkpoint)["weights"].values()} == {torch.float64}
 
 
-def test_a_plan_does_not_load_torchs_compiler(tmp_path, npz):
-    """It takes seconds."""
-    code = "import sys, small_study; small_study.run(*sys.argv[1:]); sys.exit('sympy' in sys.modules)"
-    flags = ("--exec", 0, "--dataset", npz, "--results_dir", tmp_path, "--convert_to", "lc", "tied")
-    argv = [sys.executable, "-c", code, "experiments.py", *map(str, flags)]
-    assert subprocess.run(argv, cwd=Path(__file__).parent).returncode == 0
-
-
-def test_the_same_command_makes_the_same_numbers(tmp_path, npz):
-    a, b = (study(tmp_path / name, npz, "--epochs", 2, "--n_splits", 1) for name in "ab")
-    assert repr(history_of(a, "lc", 1)) == repr(history_of(b, "lc", 1))
-    assert np.isfinite(history_of(a)["train_loss"]).all()
+def test_fc_keeps_the_last_checkpoint_unless_told_otherwise(tmp_path, npz, capsys):
+    path = study(tmp_path, npz, "--epochs", 2, "--n_splits", 1, "--convert_to", "fc", "lc")
+    assert [p.name for p in (path / "small_fc_version_1").glob("*.pyT")] == ["small_fc_version_2.pyT"]
+    assert len(list((path / "small_lc_version_1").glob("*.pyT"))) == 3
+    assert experiments.main(["--exec", "0", "--device", "cpu", "--convert_to", "fc"]) == 0
+    assert "1 checkpoint stays of each, 442 MB" in capsys.readouterr().out

@@ -1,44 +1,43 @@
 """Training: the order of the images, when a network is evaluated and saved, and what who watches sees."""
 
-import json
 import re
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from small_study import small_cnn
 
 import train as training
-from convert import cnn_track, work_of
-from rnorm.cli import Interrupted, Stop
+from rnorm import checkpoints
+from rnorm.checkpoints import Track
+from rnorm.conversions import find_conversion, layers_of, untie
 from rnorm.data import load_data
-from rnorm.runs import Member, Settings, network_status
-from train import SAVE_EVERY, Session, duration, epoch_order, make_step, train, train_epoch
+from rnorm.runs import Member, Settings
+from train import Progress, epoch_order, make_step, start_cnn, train, train_epoch
 
-CPU = torch.device("cpu")
+SETTINGS = Settings(epochs=2, splits=(1, 2), network="small", dataset="tiny", batch_size=20)  # 3 steps an epoch
 
 
 @pytest.fixture
-def session(npz, tmp_path):
-    """A session of the CNN and two eLCNs, 3 steps an epoch."""
-    settings = Settings(epochs=2, splits=(1, 2), network="small", dataset="tiny", batch_size=20)
-    members = [Member(settings), Member(settings, "lc", 1), Member(settings, "lc", 2)]
-    run = tmp_path / "run"
-    run.mkdir()
-    return Session(run, settings, load_data(str(npz), npz.parent, 0, CPU), CPU, work=work_of(members, 60))
+def images(npz):
+    return load_data(str(npz), npz.parent, 0, torch.device("cpu"))
 
 
-class FakeStep:
-    """In place of `fast.Step`: calls `function` and has no loss."""
+@pytest.fixture
+def members(tmp_path):
+    """The CNN and two eLCNs."""
+    return [Member(tmp_path, SETTINGS), Member(tmp_path, SETTINGS, "lc", 1), Member(tmp_path, SETTINGS, "lc", 2)]
 
-    def __init__(self, function):
-        self.function = function
 
-    def __call__(self, x, y):
-        self.function(x, y)
+@pytest.fixture
+def progress(members):
+    return Progress(members, 60)
 
-    def take_loss(self):
-        return 0.0
+
+@pytest.fixture
+def cnn(members, images):
+    """What makes the CNN's track at its start."""
+    return lambda: Track(members[0], start_cnn(SETTINGS, images), [0.05] * 6)
 
 
 def test_shuffling_depends_on_the_seed_and_the_epoch_alone():
@@ -50,128 +49,86 @@ def test_shuffling_depends_on_the_seed_and_the_epoch_alone():
     assert sorted(epoch_order(10, settings, 4).tolist()) == list(range(10))
 
 
-def test_the_order_of_an_epoch_goes_to_the_device_once(session, monkeypatch):
-    class Order:
-        """An order that lies elsewhere until it is moved."""
-
-        moved = 0
-
-        def to(self, device):
-            Order.moved += 1
-            return torch.arange(59, -1, -1)
-
-    taken = []
-    track = cnn_track(session)
-    monkeypatch.setattr(training, "epoch_order", lambda n, settings, epoch: Order())
-    train_epoch(track, FakeStep(lambda x, y: taken.append(x)), session)
-    assert Order.moved == 1 and len(taken) == 3
-    assert torch.equal(torch.cat(taken), session.data.x_train.flip(0))
+def test_the_order_of_an_epoch_goes_to_the_device_once(cnn, images, monkeypatch):
+    taken, order = [], Mock()
+    order.to.return_value = torch.arange(59, -1, -1)
+    monkeypatch.setattr(training, "epoch_order", lambda n, settings, epoch: order)
+    step = Mock(side_effect=lambda x, y: taken.append(x))
+    step.take_loss.return_value = 0.0
+    train_epoch(cnn(), step, images)
+    assert order.to.call_count == 1 and len(taken) == 3
+    assert torch.equal(torch.cat(taken), images.x_train.flip(0))
 
 
-def test_an_epoch_is_plain_sgd_over_all_images_in_their_order(session):
-    track, reference = cnn_track(session), small_cnn(3)
-    reference.load_state_dict(track.model.state_dict())
-    optimizer = torch.optim.SGD(reference.parameters(), 0.05)
-    for x, y in zip(session.data.x_train.split(20), session.data.y_train.split(20)):
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+@pytest.mark.parametrize("conversion", ["lc", "tied"])
+def test_an_epoch_is_sgd_over_all_images_in_their_order(conversion, decay, momentum, npz, tmp_path):
+    """Of `tied` the eLCN's with its gradient averaged over the positions: the weight decay is no smaller for that."""
+    settings = Settings(network="small", batch_size=20, lc_lr=0.3, momentum=momentum, weight_decay=decay)
+    images = load_data(str(npz), npz.parent, 0, torch.device("cpu"), torch.float64)
+    cnn, shape, how = small_cnn(3).double(), images.image_shape, find_conversion(conversion)
+    elcn, model = untie(cnn.net, shape), how.convert(cnn, shape)
+    track = Track(Member(tmp_path, settings, conversion, 1), model, how.rates(layers_of(model), shape, 0.3))
+    optimizer = torch.optim.SGD(elcn.parameters(), 0.3, momentum, weight_decay=decay)
+    for x, y in zip(images.x_train.split(20), images.y_train.split(20)):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(reference(x), y).backward()
+        torch.nn.functional.cross_entropy(elcn(x), y).backward()
+        for parameter in [*elcn[1].parameters(), *elcn[5].parameters()]:
+            if conversion == "tied":
+                parameter.grad[:] = parameter.grad.mean((0, 1), keepdim=True)  # (H_out, W_out, ...)
         optimizer.step()
-    assert train_epoch(track, make_step(track, session), session) and (track.epoch, track.step) == (1, 0)
-    for ours, theirs in zip(track.model.parameters(), reference.parameters()):
-        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert train_epoch(track, make_step(track, images), images) and (track.epoch, track.step) == (1, 0)
+    trained = untie(track.net, shape) if conversion == "tied" else track.net
+    for ours, theirs, before in zip(trained.parameters(), elcn.parameters(), untie(cnn.net, shape).parameters()):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12) and not torch.allclose(ours, before, rtol=1e-3)
 
 
-@pytest.mark.parametrize("evaluation", [1, 2, 3])
-def test_after_an_interrupted_evaluation_the_network_is_evaluated(session, monkeypatch, evaluation):
-    """The epoch is over and saved, and its evaluation is not to be lost."""
-    count, evaluate = [0], training.evaluate
-
-    def interrupted(*args):
-        count[0] += 1
-        if count[0] == evaluation:
-            raise Interrupted
-        return evaluate(*args)
-
-    monkeypatch.setattr(training, "evaluate", interrupted)
-    track = cnn_track(session)
-    with pytest.raises(Interrupted):
-        train(track, session)
-    assert track.latest.exists() == (evaluation > 1)
-    again = cnn_track(session)
-    again.restore()
-    assert again.due and train(again, session)
-    assert again.evaluated == [0, 1, 2]
-
-
-def test_a_state_in_the_midst_of_a_step_is_not_saved_when_memory_runs_out(session, monkeypatch):
-    track, steps = cnn_track(session), [0]
-
-    def failing(x, y):
-        steps[0] += 1
-        if steps[0] == 5:
-            track.net[1].weight.data += 1  # this layer has taken the step
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-
-    step = FakeStep(failing)
-    step.net = track.net
-    monkeypatch.setattr(training, "make_step", lambda track, session: step)
-    with pytest.raises(Stop, match="CNN: out of memory; lower --batch_size. What was saved before is intact") as stop:
-        train(track, session)
-    assert stop.value.status == 1
-    again = cnn_track(session)
-    again.restore()
-    assert (again.epoch, again.step) == (1, 0) and again.net[1].weight.max() < 0.9
-
-
-def test_a_mistake_in_the_code_is_not_taken_for_exhausted_memory(session, monkeypatch):
+def test_a_mistake_in_the_code_is_not_taken_for_exhausted_memory(cnn, images, progress, monkeypatch):
     monkeypatch.setattr(training, "evaluate", lambda *_: (_ for _ in ()).throw(RuntimeError("shape mismatch")))
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        train(cnn_track(session), session)
+        train(cnn(), images, progress)
 
 
-def test_less_than_a_minute_of_work_is_lost(session, monkeypatch):
-    assert SAVE_EVERY < 60
-    monkeypatch.setattr(training, "SAVE_EVERY", 0)
-    saved = []
-    track = cnn_track(session)
+def test_less_than_a_minute_of_work_is_lost(cnn, images, progress, monkeypatch):
+    assert checkpoints.SAVE_EVERY < 60
+    monkeypatch.setattr(checkpoints, "SAVE_EVERY", 0)
+    saved, track = [], cnn()
     monkeypatch.setattr(track, "save_latest", lambda: saved.append((track.epoch, track.step)))
-    train(track, session)
+    train(track, images, progress)
     assert saved == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
 
 
-def test_who_watches_a_log_sees_which_network_of_how_many_and_when_all_ends(session, capsys):
-    train(cnn_track(session), session)
+# What who watches sees
+
+
+def test_who_watches_a_log_sees_which_network_of_how_many_and_when_all_ends(cnn, images, progress, capsys):
+    train(cnn(), images, progress)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    place = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d CNN \(network 1 of 3\): epoch %d/2, loss \d\.\d{3}, test \d+\.\d\d %%"
-    assert re.fullmatch(place % 0, lines[0])
+    place = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d CNN \(1 of 3\): epoch %d/2, loss \d\.\d{3}, test \d+\.\d\d %%, "
+    assert re.fullmatch(place % 0 + r"\? left in all", lines[0])
     for epoch in (1, 2):
-        assert re.fullmatch(place % epoch + r", \d+ s left, \d+ s in all, until \w{3} \d\d:\d\d", lines[epoch])
+        assert re.fullmatch(place % epoch + r"\d\d:\d\d left in all", lines[epoch])
 
 
-def test_who_watches_a_terminal_sees_the_same(session, capsys, monkeypatch):
+def test_who_watches_a_terminal_sees_the_same(cnn, images, members, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    train(cnn_track(session), session)
+    progress = Progress(members, 60)
+    train(cnn(), images, progress)
+    print("message")
     shown = capsys.readouterr().out
-    assert "CNN, network 1 of 3: 100%" in shown and "6/6" in shown and "in all, until" in shown
+    assert re.search(r"\rCNN \(1 of 3\):  33%.*FLOP/s, epoch 2/2, loss ", shown)
+    assert re.search(r"\r +\r(\x1b\[A)?message\n$", shown)  # the line was cleared before
 
 
-def test_the_time_of_all_sessions_is_noted_and_a_lost_note_of_the_end_is_made_up_for(session, capsys):
-    train(cnn_track(session), session)
-    member = Member(session.settings)
-    status = network_status(session.run, member)
-    assert status["state"] == "complete" and status["epoch"] == 2 and status["seconds"] > 0
-    path = session.run / "status.json"
-    path.write_text(path.read_text().replace('"complete"', '"training"'))  # as after a kill at the right moment
-    track = cnn_track(session)
-    track.restore()
-    assert train(track, session) and network_status(session.run, member) == status
-    before = path.stat().st_mtime_ns
-    train(track, session)
-    assert path.stat().st_mtime_ns == before and json.loads(Path(path).read_text())
-
-
-def test_durations_are_said_as_people_say_them():
-    assert [duration(s) for s in (0.2, 40, 89, 100, 5000, 12000)] == [
-        "0 s", "40 s", "89 s", "2 min", "83 min", "3 h 20 min",
-    ]  # fmt: skip
+def test_what_is_left_is_told_from_what_this_process_did(cnn, images, members, progress):
+    """A finished network, and what was done of another, count as done, but in no time; a skipped one is left out."""
+    track = cnn()
+    track.epoch, track.step = 1, 2
+    progress.begin(track)
+    assert progress.bar.n == progress.bar.initial == (60 + 2 * 20) * progress.flop[members[0]]
+    progress.stepped(20)
+    assert progress.bar.n == progress.work(members[0]) and progress.bar.n > progress.bar.initial
+    progress.skip(members[2])
+    assert progress.bar.total == progress.work(members[0]) + progress.work(members[1])
