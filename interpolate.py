@@ -24,18 +24,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert import add_data_flags, data_of_run, open_device
 from models import load_network
-from plot import STYLE, member_of, render
 from rnorm.checkpoints import save
 from rnorm.conversions import layers_of, lift
 from rnorm.data import Data
 from rnorm.devices import set_precision
 from rnorm.fast import Step, streamline
 from rnorm.files import write_file
+from rnorm.flags import add_data_flags, data_of_run, member_of, open_device
 from rnorm.measure import evaluate
-from rnorm.results import to_csv
-from rnorm.runs import Settings, read_config
+from rnorm.results import STYLE, render, to_csv
+from rnorm.runs import Member, Settings, read_config
 from train import epoch_order
 
 
@@ -58,19 +57,22 @@ class Average(nn.ModuleList):
 
 
 def train_string(nets: list[nn.Sequential], data: Data, settings: Settings, epochs: int, stiffness: float) -> None:
-    """Each batch is a step of all but the ends; then their weights x move by stiffness (previous + next - 2 x)."""
-    steps = [Step(net.train(), data.image_shape, settings.lc_lr, settings.batch_size) for net in nets[1:-1]]
+    """Each batch is a step of all but the ends; then their weights w move by stiffness (previous + next - 2 w)."""
+    x, y, size = data.x_train, data.y_train, settings.batch_size
+    # Each point would keep a CUDA graph of its own, and its memory.
+    steps = [Step(net.train(), data.image_shape, settings.lc_lr, size, graph=False) for net in nets[1:-1]]
     for epoch in range(epochs):
-        order = epoch_order(len(data.x_train), settings, epoch) if settings.shuffle else torch.arange(len(data.x_train))
-        for batch in tqdm(order.split(settings.batch_size), f"epoch {epoch + 1} of {epochs}", disable=None):
+        if (order := epoch_order(len(x), settings, epoch)) is not None:
+            order = order.to(x.device)
+        for start in tqdm(range(0, len(x), size), f"epoch {epoch + 1} of {epochs}", disable=None):
             check_signals()
+            batch = slice(start, start + size) if order is None else order[start : start + size]
             for step in steps:
-                step(data.x_train[batch], data.y_train[batch])
+                step(x[batch], y[batch])
             with torch.no_grad():
                 for weights in zip(*(net.parameters() for net in nets)):
-                    moves = [before + after - 2 * x for before, x, after in zip(weights, weights[1:], weights[2:])]
-                    for x, move in zip(weights[1:], moves):
-                        x.add_(move, alpha=stiffness)
+                    moves = [a + c - 2 * b for a, b, c in zip(weights, weights[1:], weights[2:])]
+                    torch._foreach_add_(weights[1:-1], moves, alpha=stiffness)
 
 
 def evaluate_path(nets: Iterable[nn.Module], alphas: list[float], data: Data, average: Average | None) -> dict:
@@ -86,25 +88,24 @@ def evaluate_path(nets: Iterable[nn.Module], alphas: list[float], data: Data, av
     return path
 
 
-def figure_of(path: dict[str, list], ends: list[Path]) -> Figure:
-    """Loss and accuracy over alpha."""
-    figure = Figure((6.2, 2.8), layout="constrained")
-    figure.suptitle("\n".join(f"{i}: {end.absolute().parent.name}/{end.stem}" for i, end in enumerate(ends)), size=7)
-    for axes, quantity, label in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss", "accuracy (%)")):
-        for part in ("train", "test"):
-            axes.plot(path["alpha"], path[f"{part}_{quantity}"], ".-", label=part)
-        axes.set(xlabel="alpha", ylabel=label)
-        axes.legend()
+def figure_of(path: dict[str, list], title: str) -> Figure:
+    """Losses and accuracies over alpha; what lies above the chord between the ends of a loss is a barrier."""
+    figure = Figure((9, 2.4), layout="constrained")
+    figure.suptitle(f"{title}; dashed: the chord")
+    for axes, key in zip(figure.subplots(1, 4), ("train_loss", "test_loss", "train_acc", "test_acc")):
+        axes.plot([0, 1], [path[key][0], path[key][-1]], "--", color="grey", lw=0.9)
+        axes.plot(path["alpha"], path[key], ".-")
+        axes.set(xlabel="alpha", ylabel=key.replace("_", " ").replace("acc", "accuracy (%)"))
     return figure
 
 
-def run_of(files: list[Path]) -> Path:
-    """The last file's run; raises Stop if the files' runs differ in network or data."""
-    runs = [member_of(file)[0] for file in files]
-    a, b = (vars(settings) | config for settings, config in map(read_config, runs))
+def members_of(files: list[Path]) -> list[Member]:
+    """The networks that two checkpoints are of; raises Stop if their runs differ in network or data."""
+    members = [member_of(file) for file in files]
+    a, b = (vars(member.settings) | read_config(member.run)[1] for member in members)
     if other := [key for key in ("network", "data_size", "precision", "data_sha256") if a[key] != b[key]]:
         raise Stop(f"{files[0]} and {files[1]} cannot be compared, as their runs differ in {', '.join(other)}")
-    return runs[1]
+    return members
 
 
 @rc_context(STYLE)
@@ -122,27 +123,26 @@ def main(argv: list[str]) -> int:
     for name, low, high in (("points", 2, 10**4), ("epochs", 0, 10**5), ("stiffness", 0, 0.5)):
         if not low <= getattr(args, name) <= high:
             raise Stop(f"--{name} {getattr(args, name)}: has to be between {low} and {high}")
-    run = run_of(args.files)
-    settings, _ = read_config(run)
+    first, last = members_of(args.files)
     device, out = open_device(args.device), args.out or args.files[1].parent
     with writing(out, "name another --out"):
         out.mkdir(parents=True, exist_ok=True)
     ends = [layers_of(load_network(file)).to(device, memory_format=torch.channels_last) for file in args.files]
-    data = data_of_run(run, args.data_dir, device)
-    set_precision(settings.precision)
+    data = data_of_run(last.run, args.data_dir, device)
+    set_precision(last.settings.precision)
     a, b = lift(*ends, data.image_shape)
     alphas, average = [i / (args.points - 1) for i in range(args.points)], None
     nets = (between(a, b, alpha, args.method == "curvilinear") for alpha in alphas)
     if args.method == "average":
         nets, average = [*[a] * (args.points - 1), b], Average(streamline(net, data.image_shape) for net in (a, b))
     elif args.method == "string":
-        train_string(nets := list(nets), data, settings, args.epochs, args.stiffness)
+        train_string(nets := list(nets), data, last.settings, args.epochs, args.stiffness)
     path = evaluate_path(nets, alphas, data, average)
     save(path, out / "path.hist")
     write_file(out / "path.csv", to_csv([dict(zip(path, values)) for values in zip(*path.values())]).encode())
-    write_file(out / "path.png", render(figure_of(path, args.files), ".png"))
-    highest, at = max(zip(path["train_loss"], alphas))
-    print(f"highest train loss {highest:.3f}, at alpha {at:.2f}; path.hist, path.csv and path.png lie in {out}")
+    names = (f"{of.label}, epoch {file.stem.rpartition('_')[2]}" for of, file in zip((first, last), args.files))
+    write_file(out / "path.png", render(figure_of(path, f"{args.method} path: {'; '.join(names)}"), ".png"))
+    print(f"highest train loss {max(path['train_loss']):.3f}; path.hist, path.csv and path.png lie in {out}")
     return COMPLETE
 
 

@@ -1,20 +1,21 @@
 """Figures and tables of runs.
 
-    python plot.py RUN                                        the published figure, as RUN/figure.png, and a summary
+    python plot.py RUN                                        the published figure, as RUN/figure.png, and the table
     python plot.py RUN RUN ... --out figure.pdf               seeds become mean and band, learning rates rows of panels
     python plot.py RUN --panels untied test_loss multiclass_margin        any recorded quantities
+    python plot.py RUN --splits 28 --no_cnn --own_epochs      what follows one split: a colour for each conversion
     python plot.py RUN --convert_to lc tied                   only the networks of these conversions, and the CNN
     python plot.py RUN --reference results/published_figure.csv           with the points of the paper's figure
-    python plot.py RUN ... --table table.md --csv all.csv     the CNNs and the best eLCNs; everything recorded
+    python plot.py RUN ... --table table.md --csv all.csv     the last evaluations; everything recorded
+    python plot.py all.csv                                    the same figure, without the runs
     python plot.py --margins RUN/skinnyprime_150.pyT ...      histograms of the margins of checkpoints
 
-RUN is a directory that experiments.py made, or one that holds several of these. A run in progress is plotted as far as
-it is, seeds as far as all have come. The best eLCN is chosen among those that are complete.
+RUN is a directory that experiments.py made, or one that holds several of these, or a file that --csv wrote. A run in
+progress is plotted as far as it is, seeds as far as all have come.
 """
 
 import argparse
-import dataclasses
-import io
+import functools
 import math
 import sys
 import textwrap
@@ -33,347 +34,335 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import withStroke
 
 from models import load_network
 from rnorm.devices import set_precision
 from rnorm.files import write_file
+from rnorm.flags import add_data_flags, data_of_run, member_of, open_device
 from rnorm.measure import logits_of, multiclass_margins, published_margins
 from rnorm.results import (
-    MARGINS, NORMALIZED, REFERENCE, Group, Network, combine, differences, in_words, not_complete, read_reference,
-    read_runs, summary, table, tidy_rows, to_csv,
+    MARGINS, NORMALIZED, STYLE, Curve, average, differences, read_curves, read_reference, render, table, tidy,
 )  # fmt: skip
-from rnorm.runs import Member, converted_members, read_config
 
 LABELS = {
-    "log_prod_norm_normalized": "log normalized $R_1$-norm", "train_acc": "train accuracy (%)",
-    "test_acc": "test accuracy (%)", "norm_margin_normalized": "squared norm / margin", "margin": "published margin",
-    "train_loss": "train loss", "test_loss": "test loss", "multiclass_margin": "multiclass margin",
-    "multiclass_margin_train": "multiclass margin,\ntraining set", "norm": "squared norm",
-    "multiclass_margin_train_min": "smallest multiclass\nmargin, training set", "log_prod_norm": "log product of norms",
-    "untied": "distance from tied",
+    "log_prod_norm_normalized": "log normalized R₁-norm", "norm_margin_normalized": "squared norm / margin",
+    "train_acc": "train accuracy (%)", "test_acc": "test accuracy (%)", "margin": "published margin",
+    "norm": "squared norm", "log_prod_norm": "log product of norms", "untied": "distance from tied",
 }  # fmt: skip
+"""Of panels; others have their key as a label."""
+NAMES = {"lc": "eLCN", "tied": "tied, eLCN's steps", "cnn": "CNN at lc_lr", "fc": "eFCN"}
 PANELS = ["log_prod_norm_normalized", "train_acc", "test_acc"]
-STYLE = {
-    "font.size": 10, "axes.titlesize": 10, "figure.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.5, "lines.linewidth": 1.2, "savefig.dpi": 300,
-    "pdf.fonttype": 42, "legend.frameon": False, "legend.handlelength": 2.2, "legend.columnspacing": 1.2,
-    "legend.title_fontsize": 8,
-}  # fmt: skip
-COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.15, 0.82, 256)))  # neither black nor yellow
-DASHES = ["--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3))]  # of conversions other than lc, by order
-RING = {"ls": "none", "marker": "o", "mfc": "white", "ms": 2.6, "mew": 0.5, "zorder": 1.5}
-CROSS = {"ls": "none", "marker": "X", "mec": "white", "ms": 7, "mew": 0.5, "zorder": 3}
-NAMED_IN_FIGURE = 4  # so many unfinished networks; the summary names all
-ENDINGS = {"out": (".png", ".pdf", ".svg"), "table": (".md", ".csv", ".txt"), "csv": (".csv",)}
-PRINT = Path("-")  # in place of a file: print the table
+BY_SPLIT = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.15, 0.82, 256)))  # neither black nor yellow
+BY_CONVERSION = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f"]  # Okabe and Ito's
+HALO = withStroke(linewidth=1.8, foreground="white")
+RING = {"ls": "none", "marker": "o", "mfc": "white", "ms": 3.4, "mew": 0.8, "markevery": 0.07, "zorder": 4,
+        "path_effects": [HALO]}  # fmt: skip
+CROSS = {"ls": "none", "marker": "X", "mec": "white", "ms": 7, "mew": 0.5, "zorder": 5, "clip_on": False}
+BAND = "± 1 std. dev. over seeds"
+HEIGHT, LINE, LETTERS = 1.8, 0.18, 12.5  # inches: of a panel, of a line of text; letters to an inch
 
 
-class Look:
-    """How networks are drawn: the CNN in black, others in the colour of their split and the dashes of their conversion.
+def styles_of(curves: list[Curve]) -> tuple[dict[tuple[str, int], dict], ScalarMappable | None]:
+    """Colour and dashes of each conversion and split, and the scale of the colours if they mean splits.
 
-    `splits` and `conversions` are those that a legend has to explain.
+    The CNN is black. The others have the colour of their split, and dashes for their conversion; if there is only one
+    split, a colour for each conversion, the same in every figure for those of NAMES.
     """
-
-    def __init__(self, members: list[Member]):
-        converted = [member for member in members if not member.is_cnn]
-        self.splits = sorted({member.split for member in converted})
-        self.conversions = list(dict.fromkeys(member.conversion for member in converted))
-        low, high = 1, 1
-        if self.splits:
-            low, high = max(self.splits[0], 0.5), max(self.splits[-1], 0.5)  # split 0 has no logarithm
-        if low == high:
-            low, high = low / 2, high * 2
-        self.scale = ScalarMappable(LogNorm(low, high), COLOURS)
-
-    def colour(self, member: Member) -> str | tuple[float, ...]:
-        return "black" if member.is_cnn else self.scale.to_rgba(max(member.split, 0.5))
-
-    def dashes(self, conversion: str) -> str | tuple:
-        others = [name for name in self.conversions if name != "lc"]
-        return DASHES[others.index(conversion) % len(DASHES)] if conversion in others else "-"
-
-    def line(self, member: Member) -> dict[str, object]:
-        style = {"color": self.colour(member), "ls": self.dashes(member.conversion), "marker": ".", "mew": 0}
-        if member.is_cnn:
-            return style | {"lw": 1.6, "ms": 3, "zorder": 2.5}
-        if member.conversion == "lc":
-            return style | {"ms": 5, "zorder": 2}
-        return style | {"ms": 5, "zorder": 2.2, "markevery": [-1]}  # more marks would hide the dashes
+    found = {(curve.member.conversion, curve.member.split) for curve in curves if not curve.member.is_cnn}
+    names, splits = {name for name, _ in found}, sorted({split for _, split in found})
+    order, scale = [*NAMES, *sorted(names - {*NAMES})], None
+    if len(splits) > 1:
+        order = [name for name in order if name in names]
+        scale = ScalarMappable(LogNorm(max(splits[0], 0.5), splits[-1]), BY_SPLIT)  # split 0 has no logarithm
+    styles = {("", 0): {"color": "black", "ls": "-"}}
+    for name, split in found:
+        dashes = order.index(name)
+        if scale:
+            colour = scale.to_rgba(max(split, 0.5))
+        else:
+            dashes, i = divmod(dashes, len(BY_CONVERSION))
+            colour = BY_CONVERSION[i]
+        styles[name, split] = {"color": colour, "ls": (0, (5, 2, *(1, 2) * (dashes - 1))) if dashes else "-"}
+    return styles, scale
 
 
 def draw(
-    groups: list[Group], panels: list[str], margin: str = "published", title: str = "",
-    reference: dict[Member, Network] | None = None, cnn: bool = True,
+    groups: list[list[Curve]], panels: list[str], margin: str = "published", title: str = "",
+    reference: list[Curve] = (), cnn: bool = True, own_epochs: bool = False,
 ) -> Figure:  # fmt: skip
-    """The figure: a row of panels for each group, a line for each network, over epochs on the CNN's axis.
+    """The figure: a row of panels for each group, a line for each network, rings for its points in `reference`.
 
-    Without `cnn`, the CNN is left out.
+    Epochs count on the CNN's axis or, with `own_epochs`, from the split, on a logarithmic axis. Without `cnn` the CNN
+    is left out, as it is where `own_epochs` has no one split to count from.
     """
-    reference = reference or {}
-    if not cnn:
-        groups = [dataclasses.replace(group, mean=without_cnn(group.mean)) for group in groups]
-        reference = without_cnn(reference)
-    look = Look([*(member for group in groups for member in group.mean), *reference])
-    fig = Figure((1.8 * len(panels) + 0.8, 1.85 * len(groups) + 0.75), layout="constrained")
-    axes = fig.subplots(len(groups), len(panels), sharex=True, sharey="col", squeeze=False)
-    for row, group, difference in zip(axes, groups, differences(groups)):
-        for ax, panel in zip(row, panels):
-            draw_panel(ax, group, panel, look)
-            if panel in REFERENCE.values() and (panel not in NORMALIZED or margin == "published"):
-                draw_reference(ax, reference, panel, look)
-        words = [in_words(difference)] if difference else []
-        if group.seeds[group.cnn] > 1:
-            words.append(f"{group.seeds[group.cnn]} seeds")
-        row[0].set_title(", ".join(words), loc="left", parse_math=False)
-    for ax in axes[-1]:
-        ax.set(xlabel="epochs", xlim=(0 if cnn else None, None))
-    if look.splits:
-        bar = fig.colorbar(look.scale, ax=axes, label="split epoch", aspect=15 * len(groups), pad=0.04 / len(panels))
-        bar.minorticks_off()
-        ticks = colour_ticks(look)
-        bar.set_ticks(ticks, labels=[str(int(tick)) for tick in ticks])
-    add_legend(fig, groups, look, bool(reference))
-    add_title(fig, title or ", ".join(dict.fromkeys(group.settings.dataset for group in groups)), margin)
+    styles, scale = styles_of(sum(groups, []))
+    splits = sorted({split for name, split in styles if name})
+    if not cnn or (own_epochs and len(splits) != 1):
+        groups = [[curve for curve in group if not curve.member.is_cnn] for group in groups]
+        groups = [group for group in groups if group]
+    drawn = sum(groups, [])
+    labels = {curve.member.label for curve in drawn}
+    title = title or ", ".join(dict.fromkeys(group[0].member.settings.dataset for group in groups))
+    if len(splits) == 1:
+        title += f", split at epoch {splits[0]}"
+    fig, axes = lay_out(groups, len(panels), f"{title}, {margin} margin")
+    if own_epochs:  # of all panels, as they share their axis
+        axes[0, 0].set_xscale("symlog", linthresh=1, linscale=0.4)
+        axes[0, 0].xaxis.set_major_formatter("{x:g}")
+    for column, panel in zip(axes.T, panels):
+        comparable = margin == "published" or panel not in NORMALIZED
+        points = [of for of in reference if comparable and of.member.label in labels and panel in of.mean]
+        for ax, group in zip(column, groups):
+            curves = [curve for curve in group if panel in curve.mean]
+            draw_lines(ax, curves, points, panel, styles, splits[0] if own_epochs else None)
+        set_axes(column, panel)
+        column[-1].set_xlabel("epochs since the split" if own_epochs else "epochs")
+    if scale:
+        add_bar(axes[0, -1], splits, scale)
+    add_legend(fig, axes, bool(scale), drawn)
     return fig
 
 
-def without_cnn(networks: dict[Member, Network]) -> dict[Member, Network]:
-    return {member: network for member, network in networks.items() if not member.is_cnn}
+def lay_out(groups: list[list[Curve]], columns: int, title: str) -> tuple[Figure, np.ndarray]:
+    """A figure that its panels fill, and its axes, (groups, columns); all texts lie outside, where saving finds them.
+
+    Matplotlib's own layouts measure every text, which takes long, and let long ones squeeze the panels.
+    """
+    width = max(4.0, 2.7 * columns)
+    title, *rows = (textwrap.fill(text, int(LETTERS * width)) for text in (title, *differences(groups)))
+    above = 0.2 + LINE * max(len(text.splitlines()) for text in rows)
+    height = len(rows) * (HEIGHT + above) - above
+    fig = Figure((width, height))
+    grid = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": 0.35, "hspace": above / HEIGHT}
+    axes = fig.subplots(len(rows), columns, sharex=True, sharey="col", squeeze=False, gridspec_kw=grid)
+    for ax, text in zip(axes[:, 0], rows):
+        ax.set_title(text, loc="left")
+    fig.suptitle(title, x=0, y=1 + above / height, ha="left", va="bottom")
+    return fig, axes
 
 
-def draw_panel(ax: Axes, group: Group, panel: str, look: Look) -> None:
-    """One quantity of a group's networks: a line each, a band where there are several seeds, a cross if it diverged."""
-    for member, network in group.mean.items():
-        epochs = network["checkpoints"] + member.split
-        mean, std = drawable(network[panel]), drawable(group.std[member][panel])
-        ax.plot(epochs, mean, label=member.label, **look.line(member))
-        if group.seeds[member] > 1:
-            ax.fill_between(epochs, mean - std, mean + std, color=look.colour(member), alpha=0.2, lw=0)
-        if member in group.diverged:
-            end = f"{member.label}, diverged"
-            ax.plot(epochs[-1:], mean[-1:], label=end, color=look.colour(member), **CROSS)
-    if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
-        reason = "undefined: no margin\nis positive" if panel in NORMALIZED else "no finite value"
-        ax.text(0.5, 0.5, reason, ha="center", va="center", transform=ax.transAxes)
-        ax.tick_params(labelleft=False)
-    ax.set_ylabel(LABELS.get(panel, panel.replace("untied_", "distance from tied,\nlayer ")))
-    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
-    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-
-
-def drawable(values: np.ndarray) -> np.ndarray:
-    """NaN in place of what no axis can hold; a network about to diverge has such norms."""
-    return np.where(np.abs(values) < 1e100, values, np.nan)
-
-
-def draw_reference(ax: Axes, reference: dict[Member, Network], panel: str, look: Look) -> None:
-    for member, points in reference.items():
-        label = f"published, {member.label}"
-        ax.plot(points["epoch"], points[panel], color=look.colour(member), label=label, **RING)
-
-
-def colour_ticks(look: Look) -> list[float]:
-    """The split epochs to label on the colour bar: all but those too close to the next one."""
-    low, high = look.scale.get_clim()
-    ticks: list[float] = []
-    for split in reversed(look.splits):
-        if not ticks or max(split, 0.5) * (high / low) ** 0.09 < ticks[-1]:
-            ticks.append(max(split, 0.5))
-    return ticks
-
-
-def add_legend(fig: Figure, groups: list[Group], look: Look, reference: bool) -> None:
-    """What lines and marks are, and above that which networks are not complete; the figure grows to hold it."""
-    handles = []
-    if any(group.cnn in group.mean for group in groups):
-        handles.append(Line2D([], [], color="black", lw=1.6, label="CNN"))
-    for conversion in look.conversions:
-        label = "eLCN" if conversion == "lc" else f"converted to {conversion}"
-        handles.append(Line2D([], [], color=COLOURS(0.5), ls=look.dashes(conversion), label=label))
-    if any(group.seeds[group.cnn] > 1 for group in groups):
-        handles.append(Patch(color="grey", alpha=0.3, lw=0, label="± 1 std. dev."))
-    if reference:
-        handles.append(Line2D([], [], **RING, color="grey", label="published"))
-    if any(group.diverged for group in groups):
-        handles.append(Line2D([], [], **CROSS, color="grey", label="diverged"))
+def add_legend(fig: Figure, axes: np.ndarray, by_split: bool, curves: list[Curve]) -> None:
+    """Below the panels, in at most four lines: which networks are not complete, and what lines and marks are."""
+    unfinished = dict.fromkeys(curve.member.label for curve in curves if curve.epochs_done < curve.member.epochs)
+    marks = {
+        BAND: Patch(color="grey", alpha=0.3, lw=0), "published": Line2D([], [], color="grey", **RING),
+        "diverged": Line2D([], [], color="grey", **CROSS),
+    }  # fmt: skip
+    shown = {of.get_label(): of for ax in axes.flat for of in [*ax.lines, *ax.collections]}
+    shown |= {label: mark for label, mark in marks.items() if label in shown}
+    lines = min(3, math.ceil(len(shown) / (axes.shape[1] + 2)))
     width, height = fig.get_size_inches()
-    longest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, int(width / (0.6 + 0.07 * longest)))  # inches
-    unfinished, note = not_complete(groups), []
-    if unfinished:
-        more = len(unfinished) - NAMED_IN_FIGURE
-        named = "; ".join(unfinished[:NAMED_IN_FIGURE])
-        note = textwrap.wrap(f"Not complete: {named}{f'; {more} more' if more > 0 else ''}", int(13 * width))
-    legend = fig.legend(handles=handles, loc="outside lower center", ncols=columns, title="\n".join(note))
-    for text in (legend.get_title(), *legend.get_texts()):
-        text.set_parse_math(False)
-    fig.set_figheight(height + 0.22 * math.ceil(len(handles) / columns) + 0.14 * len(note))
+    note = f"Not complete: {', '.join(unfinished)}" if unfinished else ""
+    legend = fig.legend(
+        shown.values(), shown.keys(), ncols=math.ceil(len(shown) / lines), loc="upper left", alignment="left",
+        bbox_to_anchor=(0, -0.45 / height), title_fontsize=8,
+        title=textwrap.shorten(note, int(LETTERS * width), placeholder=" ... and more"),
+    )  # fmt: skip
+    for label, handle in zip(shown, legend.legend_handles):
+        if by_split and label != "CNN":
+            handle.set_color("grey")
 
 
-def add_title(fig: Figure, title: str, margin: str) -> None:
-    """`title`, which need not be valid mathtext, and the margin, in as many lines as the figure's width asks for."""
-    text = textwrap.fill(f"{title}, {margin} margin", int(11 * fig.get_figwidth()))
-    fig.suptitle(text, parse_math=False)
+def add_bar(ax: Axes, splits: list[int], scale: ScalarMappable) -> None:
+    """The colour bar of split epochs, beside a panel; of more than nine, some are labelled."""
+    labelled = splits[:: -math.ceil(len(splits) / 9)]
+    bar = ax.figure.colorbar(scale, cax=ax.inset_axes((1.06, 0, 0.05, 1)), label="split epoch")
+    bar.minorticks_off()
+    bar.set_ticks([max(split, 0.5) for split in labelled], labels=labelled)
+
+
+def draw_lines(ax: Axes, curves: list[Curve], points: list[Curve], panel: str, styles: dict, since: int | None) -> None:
+    """One quantity: a line for each network, a band for its seeds, a cross if it diverged; rings, if published.
+
+    `since` is the split at which the CNN's epochs begin to count, if all count from the split.
+    """
+    for curve in curves:
+        member, style = curve.member, styles[curve.member.conversion, curve.member.split]
+        x, values = x_of(curve, since), curve.mean[panel]
+        y = np.where(np.abs(values) < 1e100, values, np.nan)  # no axis can hold more
+        name = NAMES.get(member.conversion, member.conversion) or "CNN"
+        marker = "" if since is None or member.is_cnn else "."
+        ax.plot(x, y, label=name, gid=member.label, marker=marker, ms=4, zorder=2.5 if member.is_cnn else 2, **style)
+        if curve.std:
+            low, high = y - curve.std[panel], y + curve.std[panel]
+            ax.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0, label=BAND)
+        if curve.diverged:
+            ax.plot(x[-1:], y[-1:], label="diverged", gid=member.label, color=style["color"], **CROSS)
+    for curve in points:
+        colour = styles[curve.member.conversion, curve.member.split]["color"]
+        x, y = x_of(curve, since), curve.mean[panel]
+        ax.plot(x, y, label="published", gid=curve.member.label, color=colour, **RING)
+
+
+def x_of(curve: Curve, since: int | None) -> np.ndarray:
+    """Where a curve's evaluations lie on the axis of epochs, (evaluations,)."""
+    if since is None:
+        return curve.own_epochs + curve.member.split
+    epochs = curve.own_epochs - (since if curve.member.is_cnn else 0)
+    return np.where(epochs < 0, np.nan, epochs)
+
+
+def set_axes(column: np.ndarray, panel: str) -> None:
+    """The label and the common range of the panels of one quantity, once its lines are drawn; notes within."""
+    column[0].set_ylim(range_of([line for ax in column for line in ax.lines]))
+    for ax in column:
+        ax.set_ylabel(LABELS.get(panel, textwrap.fill(panel.replace("_", " "), 22)))
+        if any(finite_of(line).size for line in ax.lines):
+            mark_outside(ax)
+        else:
+            reason = "undefined: no margin\nis positive" if panel in NORMALIZED else "no finite value"
+            ax.text(0.5, 0.5, reason, ha="center", va="center", transform=ax.transAxes)
+
+
+def finite_of(line: Line2D) -> np.ndarray:
+    """The points of a line that can be seen, (2, points)."""
+    points = np.array(line.get_data())
+    return points[:, np.isfinite(points).all(0)]
+
+
+def range_of(lines: list[Line2D]) -> tuple[float, float]:
+    """The range of what most of each line holds, and its end.
+
+    A few first epochs, or a jump of the loss, count only where they widen the range by little.
+    """
+    core, whole = [], []
+    for line in lines:
+        x, y = finite_of(line)
+        if len(x):
+            x = line.axes.xaxis.get_transform().transform(x)
+            even = np.interp(np.linspace(x[0], x[-1], 300), x, y)  # by length along the axis
+            core += [*np.quantile(even, (0.06, 0.94)), y[-1]]
+            whole += [*y]
+    low, high = min(core, default=0), max(core, default=1)
+    lowest, highest = min(whole, default=low), max(whole, default=high)
+    room = 0.4 * (high - low) or 0.01 * abs(high) or 1
+    low, high = lowest if lowest > low - room else low, highest if highest < high + room else high
+    return low - 0.15 * room, high + 0.15 * room
+
+
+def mark_outside(ax: Axes) -> None:
+    """An arrow with the value where a curve is furthest above the panel, and below."""
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    points = [(y, x, line.get_color()) for line in ax.lines for x, y in finite_of(line).T]
+    for y, x, colour in (max(points, key=lambda point: point[0]), min(points, key=lambda point: point[0])):
+        if low <= y <= high:
+            continue
+        arrow, edge, va = ("↑", 1, "top") if y > high else ("↓", 0, "bottom")
+        text, ha = (f"{arrow}{y:.3g}", "left") if x < (left + right) / 2 else (f"{y:.3g}{arrow}", "right")
+        style = {"size": 7, "color": colour, "zorder": 6, "path_effects": [HALO]}
+        ax.text(x, edge, text, ha=ha, va=va, transform=ax.get_xaxis_transform(), **style)
 
 
 def draw_margins(margins: dict[str, dict[str, np.ndarray]], margin: str = "published", title: str = "") -> Figure:
     """Histograms of margins: `margins` by checkpoint's name and then by `training` and `test`, (N,) each."""
-    fig = Figure((6, 2.7 + 0.2 * len(margins)), layout="constrained")
-    values = np.concatenate([v for parts in margins.values() for v in parts.values()])
-    bins = np.histogram_bin_edges(values, 60)
+    fig = Figure((6, 2.7 + LINE * len(margins)), layout="constrained")
+    bins = np.histogram_bin_edges(np.concatenate([v for parts in margins.values() for v in parts.values()]), 60)
+    colours = BY_SPLIT(np.linspace(0, 1, len(margins)))
     for ax, part in zip(fig.subplots(1, 2, sharex=True), ("training", "test")):
-        for i, (name, parts) in enumerate(margins.items()):
-            colour = COLOURS(i / max(1, len(margins) - 1))
+        for colour, (name, parts) in zip(colours, margins.items()):
             ax.hist(parts[part], bins, density=True, histtype="step", color=colour, lw=1.2, label=name)
         ax.axvline(0, color="black", lw=0.6, ls=":")
         ax.set(xlabel=f"{margin} margin", ylabel="density", title=f"{part} set")
-        ax.xaxis.set_major_locator(MaxNLocator(5))
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center")
-    add_title(fig, title or "Margins of the examples", margin)
+    fig.suptitle(f"{title or 'Margins of the examples'}, {margin} margin")
     return fig
 
 
 def read_margins(paths: list[Path], margin: str, data_dir: Path, device: str) -> dict[str, dict[str, np.ndarray]]:
     """Checkpoints of runs as `draw_margins` takes them; raises Stop for one without run, data, or fitting weights."""
-    from convert import data_of_run, open_device  # only here: a figure of runs needs neither training nor images
-
     margins_of = {"published": published_margins, "multiclass": multiclass_margins}[margin]
-    device, margins, loaded = open_device(device), {}, {}
-    several = len({member_of(path)[0] for path in paths}) > 1
-    for path in paths:
-        run, member = member_of(path)
+    device, margins = open_device(device), {}
+    data_of = functools.cache(lambda run: data_of_run(run, data_dir, device))
+    members = [member_of(path) for path in paths]
+    for path, member in zip(paths, members):
         set_precision(member.settings.precision)
-        net = load_network(path).to(device)
-        _, config = read_config(run)
-        identity = config.get("data_sha256"), member.settings.data_size, member.settings.precision
-        if identity not in loaded:  # only the last data are kept
-            loaded = {identity: data_of_run(run, data_dir, device)}
-        data, parts = loaded[identity], {}
+        net, data = load_network(path).to(device), data_of(member.run)
+        name = f"{member.label}, epoch {path.stem.rpartition('_')[2]}"
+        if len({member.run for member in members}) > 1:
+            name = textwrap.fill(f"{member.run.name}: {name}", 80)
+        margins[name] = {}
         for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
             logits = logits_of(net, x)
-            if not (logits.shape[1] == data.num_classes and logits.isfinite().all()):
+            if logits.shape[1] != data.num_classes or not logits.isfinite().all():
                 raise Stop(f"{path}: the network's logits are not finite, or not of {data.num_classes} classes")
-            parts[part] = margins_of(logits, y).cpu().numpy()
-        name = f"{member.label}, epoch {path.stem.rpartition('_')[2]}"
-        margins[textwrap.fill(f"{run.name}: {name}", 80) if several else name] = parts
+            margins[name][part] = margins_of(logits, y).cpu().numpy()
     return margins
-
-
-def member_of(checkpoint: Path) -> tuple[Path, Member]:
-    """The run that a checkpoint lies in, and the network it is of; raises Stop if it lies in none or is no file."""
-    if not checkpoint.is_file():
-        raise Stop(f"{checkpoint} is no file")
-    directory = checkpoint.resolve().parent
-    for run in (directory, directory.parent):
-        if (run / "config.json").exists():
-            settings, _ = read_config(run)
-            for member in (Member(settings), *converted_members(run, settings)):
-                if member.directory(run) == directory:
-                    return run, member
-    raise Stop(f"{checkpoint} lies in no network's directory of a run of experiments.py")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; raises Stop where it makes no sense."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("run", type=Path, nargs="*", default=(), metavar="RUN", help="directories of runs, or of several runs each")
+    add("run", type=Path, nargs="*", default=(), metavar="RUN", help="directories of runs, or files of --csv")
     add("--out", type=Path, metavar="FILE", help="figure, .png, .pdf or .svg (default: figure.png in the first RUN)")
     add("--splits", type=int, nargs="+", metavar="EPOCH", help="only the networks converted at these epochs")
     add("--convert_to", nargs="+", metavar="NAME", help="only these conversions, such as lc (default: all there are)")
-    add("--no_cnn", action="store_true", help="leave the CNN out of the figure, whose range hides small differences")
+    add("--no_cnn", action="store_true", help="leave the CNN out of the figure")
+    add("--own_epochs", action="store_true", help="count epochs from the split, on a logarithmic axis; of several "
+        "splits, without the CNN")  # fmt: skip
     add("--margin", choices=MARGINS, default="published", help="what norms are relative to (default: published)")
     add("--panels", nargs="+", default=PANELS, metavar="KEY", help=f"what to plot (default: {' '.join(PANELS)})")
     add("--title", default="", help="what the title says before the margin's name (default: the data set)")
     add("--reference", type=Path, metavar="CSV", help="published points, such as results/published_figure.csv")
-    add("--table", type=Path, nargs="?", const=PRINT, metavar="FILE", help=".md, .csv or .txt; no FILE: print it")
+    add("--table", type=Path, metavar="FILE", help="the table as a file, .md or .txt")
     add("--csv", type=Path, metavar="FILE", help="everything recorded, a row for each network and evaluation")
     add("--margins", type=Path, nargs="+", metavar="FILE.pyT", help="instead of RUN: histograms of margins")
-    add("--data_dir", type=Path, default=Path("data"), metavar="DIR", help="where the images for --margins lie "
-        "(default: data)")  # fmt: skip
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="of --margins (default: auto)")
+    add_data_flags(parser)
     args = parser.parse_args(argv)
     if not args.run and not args.margins:
         raise Stop("name runs to plot, or checkpoints with --margins")
     if args.margins and (args.run or args.table or args.csv or args.reference):
         raise Stop("--margins stands alone: no runs, --table, --csv or --reference with it")
-    if not (args.out or args.table or args.csv):
-        args.out = member_of(args.margins[0])[0] / "margins.png" if args.margins else args.run[0] / "figure.png"
-    check_outputs(args)
+    if args.margins and not args.out:
+        args.out = member_of(args.margins[0]).run / "margins.png"
+    elif not (args.out or args.table or args.csv):
+        args.out = (args.run[0].parent if args.run[0].is_file() else args.run[0]) / "figure.png"
+    # Outputs have endings that no file of a run has, each its own, so that only a .csv can be an input as well.
+    for name, endings in {"out": (".png", ".pdf", ".svg"), "table": (".md", ".txt"), "csv": (".csv",)}.items():
+        if (path := getattr(args, name)) and path.suffix.lower() not in endings:
+            raise Stop(f"--{name} {path}: its name has to end in {', '.join(endings)}")
+    if args.csv and args.csv.resolve() in [path.resolve() for path in (*args.run, args.reference) if path]:
+        raise Stop(f"--csv {args.csv}: that file is an input; name another")
     return args
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raise Stop unless outputs have endings of their own, which no file of a run has, and overwrite nothing else."""
-    taken = {}
-    if args.reference:
-        taken[args.reference.resolve()] = "reference"
-    for name, endings in ENDINGS.items():
-        path = getattr(args, name)
-        if path is None or path == PRINT:
-            continue
-        if path.suffix.lower() not in endings:
-            raise Stop(f"--{name} {path}: its name has to end in {', '.join(endings)}")
-        other = taken.setdefault(path.resolve(), name)
-        if other != name:
-            raise Stop(f"--{name} {path}: that file is --{other}; name another")
-
-
-def render(fig: Figure, suffix: str) -> bytes:
-    """The figure as a file; `suffix` is .png, .pdf or .svg."""
-    file = io.BytesIO()
-    fig.savefig(file, format=suffix[1:].lower())
-    return file.getvalue()
-
-
-def plot_runs(args: argparse.Namespace) -> tuple[dict[str, str | bytes], str]:
-    """The contents of the files that the command line asks for, by flag, and the summary to print."""
-    recorded = read_runs(args.run, args.splits, args.convert_to)
-    groups = [combine(runs, args.margin) for runs in recorded]
-    networks = [network for group in groups for network in group.mean.values()]
-    keys = [key for key in networks[0] if key != "checkpoints" and all(key in network for network in networks)]
-    if unknown := [panel for panel in args.panels if panel not in keys]:
-        raise Stop(f"--panels {unknown[0]}: there are {' '.join(keys)}")
-    if args.no_cnn and not any(without_cnn(group.mean) for group in groups):
-        raise Stop("--no_cnn: no network but the CNN is left to draw")
+def plot_runs(args: argparse.Namespace) -> dict[str, str | bytes]:
+    """The contents of the files that the command line asks for, by flag; and of the table, if for no file."""
+    curves = read_curves(args.run, args.splits, args.convert_to)
+    groups = average(curves, args.margin)
+    keys = list(dict.fromkeys(key for curve in curves for key in curve.mean))
+    if unknown := [panel for panel in args.panels if panel not in keys[1:]]:
+        raise Stop(f"--panels {unknown[0]}: there are {' '.join(keys[1:])}")
+    if (args.no_cnn or args.own_epochs) and all(curve.member.is_cnn for curve in curves):
+        raise Stop("--no_cnn and --own_epochs draw converted networks, and there are none")
     contents = {}
-    if args.csv:
-        contents["csv"] = to_csv(tidy_rows([run for runs in recorded for run in runs]))
-    if args.table:
-        contents["table"] = table(groups, args.margin, args.table.suffix.lower())
     if args.out:
-        reference = read_reference(args.reference, args.splits) if args.reference else None
-        fig = draw(groups, args.panels, args.margin, args.title, reference, not args.no_cnn)
-        contents["out"] = render(fig, args.out.suffix)
-        if len(groups) == 1:
-            return contents, summary(groups[0], args.margin)
-    return contents, ""
+        points = read_reference(args.reference) if args.reference else []
+        figure = draw(groups, args.panels, args.margin, args.title, points, not args.no_cnn, args.own_epochs)
+        contents["out"] = render(figure, args.out.suffix)
+    if args.csv:
+        contents["csv"] = tidy(curves)
+    return contents | {"table": table(groups, args.margin)}
 
 
 @matplotlib.rc_context(STYLE)
 def main(argv: list[str]) -> int:
     """Plot as the command line `argv` says; returns the exit status."""
-    args, text = parse(argv), ""
+    args = parse(argv)
     with stopping_at_once():
         if args.margins:
             margins = read_margins(args.margins, args.margin, args.data_dir, args.device)
             contents = {"out": render(draw_margins(margins, args.margin, args.title), args.out.suffix)}
         else:
-            contents, text = plot_runs(args)
+            contents = plot_runs(args)
     check_signals()
     for flag, content in contents.items():
-        path = getattr(args, flag)
-        if path == PRINT:
-            print(content)
-            continue
-        if isinstance(content, str):
-            content = content.encode(errors="backslashreplace")
-        with writing(path, "name another file"):
-            write_file(path, content)
-        print(f"{'figure' if flag == 'out' else flag}: {path}")
-    if text:
-        print(text)
+        if path := getattr(args, flag):
+            with writing(path, "name another file"):
+                write_file(path, content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+            print(f"{'figure' if flag == 'out' else flag}: {path}")
+    print(contents.get("table", ""), end="")
     return COMPLETE
 
 

@@ -1,10 +1,12 @@
 """Runs as training leaves them, but with made-up histories and no checkpoints."""
 
+import math
+
 import numpy as np
 
 from rnorm.checkpoints import save
 from rnorm.measure import KEYS
-from rnorm.runs import Member, Settings, note_network, write_config
+from rnorm.runs import Member, Settings, write_config
 
 
 def history(own_epochs, split=0, seed=0, **changes):
@@ -27,18 +29,20 @@ def make_run(directory, cnn_epochs=4, evaluations=9, conversions=("lc",), **sett
     settings = Settings(**({"epochs": 4, "n_splits": 3} | settings))
     run = directory / settings.run_name
     run.mkdir(parents=True)
-    write_config(run, settings, "0", None, {})
-    put(run, Member(settings), cnn_epochs + 1)
+    write_config(run, settings, {"data_sha256": "0" * 64, "layers": []})
+    put(run, settings, "", 0, cnn_epochs + 1)
     for conversion in conversions:
         for split in settings.split_epochs:
             if split <= cnn_epochs:
-                put(run, Member(settings, conversion, split), evaluations)
+                put(run, settings, conversion, split, evaluations)
     return run
 
 
-def put(run, member, evaluations, diverged_at=None, **changes):
-    """Give a run the history of a network, as far as its first `evaluations`."""
-    member.directory(run).mkdir(exist_ok=True)
-    save(history(member.evaluations[:evaluations], member.split, member.settings.seed, **changes), member.history(run))
-    if diverged_at:
-        note_network(run, member, state="diverged", diverged_at=diverged_at)
+def put(run, settings, conversion, split, evaluations, diverged_at=None, **changes):
+    """Give a run the history of a network as far as its first `evaluations`; it may have diverged after these."""
+    member = Member(run, settings, conversion, split)
+    member.directory.mkdir(exist_ok=True)
+    values = history(member.evaluations[:evaluations], split, settings.seed, **changes)
+    if diverged_at is not None:
+        values = {key: [*of, diverged_at if key == "checkpoints" else math.nan] for key, of in values.items()}
+    save(values, member.history_file)

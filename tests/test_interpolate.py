@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-import experiments
 import interpolate
+import models
 from conftest import make_arrays
 from interpolate import Average, between, train_string
 from rnorm import cli
-from rnorm.cli import Interrupted
 from rnorm.conversions import fully_connect, lift, untie
 from rnorm.data import Data
 from rnorm.measure import evaluate
 from rnorm.runs import Settings
+from small_study import run as study
 from small_study import small_cnn
 
 IMAGE = (3, 32, 32)
@@ -29,9 +29,9 @@ def run(tmp_path_factory):
     """A run of the CNN, an eLCN, a partly untied network and an eFCN, for one epoch each."""
     root = tmp_path_factory.mktemp("interpolate")
     np.savez(root / "tiny.npz", **make_arrays())
-    flags = ["--network", "small", "--dataset", root / "tiny.npz", "--epochs", 1, "--splits", 0, "--batch_size", 20]
-    flags += ["--cnn_lr", 0.3, "--lc_lr", 0.2, "--device", "cpu", "--convert_to", "lc", "lc1", "fc"]
-    assert experiments.main([str(flag) for flag in [*flags, "--results_dir", root / "runs"]]) == 0
+    flags = ["--dataset", root / "tiny.npz", "--epochs", 1, "--splits", 0, "--batch_size", 20, "--cnn_lr", 0.3]
+    flags += ["--lc_lr", 0.2, "--convert_to", "lc", "lc1", "fc", "--results_dir", root / "runs"]
+    assert study("experiments.py", *flags) == 0
     (run,) = (root / "runs").iterdir()
     return run
 
@@ -46,9 +46,10 @@ def interpolated(*arguments) -> int:
 
 @pytest.mark.parametrize("method", ["linear", "curvilinear", "average", "string"])
 def test_the_ends_of_a_path_are_what_the_runs_recorded(method, run, tmp_path):
-    flags = ["--method", method, "--points", 3, "--epochs", 1, "--out", tmp_path / "new" / "path"]
+    out = tmp_path / "new" / "path"
+    flags = ["--method", method, "--points", 3, "--epochs", 1, "--out", out]
     assert interpolated(file_of(run, ""), file_of(run, "lc"), *flags) == 0
-    path = torch.load(tmp_path / "new" / "path" / "path.hist", weights_only=True)
+    path = torch.load(out / "path.hist", weights_only=True)
     assert path["alpha"] == [0, 0.5, 1]
     for i, history in ((0, run), (-1, run / "small_lc_version_0")):
         recorded = torch.load(history / "evaluation-history.hist", weights_only=True)
@@ -56,10 +57,14 @@ def test_the_ends_of_a_path_are_what_the_runs_recorded(method, run, tmp_path):
         for key in set(path) - {"alpha"}:
             assert path[key][i] == pytest.approx(recorded[key][-1], rel=1e-5, abs=1e-6, nan_ok=True), key
     assert math.isnan(path["norm"][1]) == (method == "average")
-    with open(tmp_path / "new" / "path" / "path.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader((out / "path.csv").open()))
     assert all([float(row[key]) for row in rows] == pytest.approx(path[key], nan_ok=True) for key in path)
-    assert (tmp_path / "new" / "path" / "path.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "path.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_path_leads_from_any_network_of_a_run_to_any_other_and_lies_beside_it(run):
+    assert interpolated(file_of(run, "fc"), file_of(run, "lc1"), "--points", 2) == 0
+    assert "nonlocal" in torch.load(file_of(run, "lc1").parent / "path.hist", weights_only=True)
 
 
 def linear(*weights: float) -> nn.Sequential:
@@ -70,33 +75,17 @@ def linear(*weights: float) -> nn.Sequential:
 
 def test_the_middle_of_each_path_worked_by_hand():
     a, b = linear(2, 0), linear(0, 4)
-    assert between(a, b, 0.5)[0].weight.tolist() == [[1, 2]]
-    assert between(a, b, 0.25)[0].weight.tolist() == [[1.5, 1]]
+    assert between(a, b, 0.5)[0].weight.tolist() == [[1, 2]] and between(a, b, 0.25)[0].weight.tolist() == [[1.5, 1]]
     expected = [[3 / math.sqrt(5), 6 / math.sqrt(5)]]  # along (1, 2), with norm (2 + 4) / 2
     torch.testing.assert_close(between(a, b, 0.5, curvilinear=True)[0].weight.detach(), torch.tensor(expected))
     for alpha, end in ((0, a), (1, b)):
-        for curvilinear in (False, True):
-            assert torch.equal(between(a, b, alpha, curvilinear)[0].weight, end[0].weight)
-    opposite = between(a, linear(-2, 0), 0.5, curvilinear=True)  # zero has no direction
-    assert opposite[0].weight.tolist() == [[0, 0]]
-
-
-def test_an_average_is_one_of_outputs():
-    """relu(x) and relu(-x) average to |x| / 2; the network between their weights is 0."""
+        assert all(torch.equal(between(a, b, alpha, curved)[0].weight, end[0].weight) for curved in (False, True))
+    assert between(a, linear(-2, 0), 0.5, curvilinear=True)[0].weight.tolist() == [[0, 0]]  # zero has no direction
+    # Outputs: relu(x) and relu(-x) average to |x| / 2; the network between their weights is 0.
     a, b = nn.Sequential(*linear(1.0), nn.ReLU()), nn.Sequential(*linear(-1.0), nn.ReLU())
-    average = Average([a, b])
+    average, x = Average([a, b]), torch.tensor([[-4.0], [6.0]])
     average.alpha = 0.5
-    x = torch.tensor([[-4.0], [6.0]])
-    assert average(x).tolist() == [[2], [3]]
-    assert between(a, b, 0.5)(x).tolist() == [[0], [0]]
-
-
-class NoStep:
-    def __init__(self, *_):
-        pass
-
-    def __call__(self, *_):
-        pass
+    assert average(x).tolist() == [[2], [3]] and between(a, b, 0.5)(x).tolist() == [[0], [0]]
 
 
 def some_data() -> Data:
@@ -105,13 +94,29 @@ def some_data() -> Data:
     return Data(x, y, x, y, 3, "")
 
 
-def test_the_points_of_a_string_move_to_their_neighbours_at_once_worked_by_hand(monkeypatch):
-    monkeypatch.setattr(interpolate, "Step", NoStep)
-    nets = [linear(weight) for weight in (0.0, 8.0, 0.0, 4.0)]
-    train_string(nets, some_data(), Settings(batch_size=4), epochs=1, stiffness=0.25)
-    assert [net[0].weight.item() for net in nets] == [0, 4, 3, 4]  # 8 + (0 + 0 - 16) / 4, and 0 + (8 + 4 - 0) / 4
-    train_string(nets, some_data(), Settings(batch_size=4), epochs=1, stiffness=0.25)
-    assert [net[0].weight.item() for net in nets] == [0, 2.75, 3.5, 4]
+class Images(torch.Tensor):
+    """Images that note how they were indexed."""
+
+    def __getitem__(self, batch):
+        self.indices.append(batch)
+        return torch.Tensor.__getitem__(self.as_subclass(torch.Tensor), batch)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_points_of_a_string_move_to_their_neighbours_at_once_worked_by_hand(shuffle, monkeypatch):
+    """Without graphs, of which each point would keep one, and without an order that a GPU would wait for."""
+
+    def step(net, image_shape, lr, batch_size, graph):
+        assert not graph
+        return lambda x, y: None
+
+    monkeypatch.setattr(interpolate, "Step", step)
+    data, nets = some_data(), [linear(weight) for weight in (0.0, 8.0, 0.0, 4.0)]
+    data.x_train, data.x_train.indices = data.x_train.as_subclass(Images), []
+    for expected in ([0, 4, 3, 4], [0, 2.75, 3.5, 4]):  # 8 + (0 + 0 - 16) / 4, and 0 + (8 + 4 - 0) / 4
+        train_string(nets, data, Settings(batch_size=4, shuffle=shuffle), epochs=1, stiffness=0.25)
+        assert [net[0].weight.item() for net in nets] == expected
+    assert {type(batch) for batch in data.x_train.indices} == {torch.Tensor if shuffle else slice}
 
 
 def test_a_string_takes_sgd_steps_between_fixed_ends():
@@ -143,19 +148,14 @@ def test_the_simpler_network_is_lifted_to_the_others_form(pair):
                 assert values[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5, nan_ok=True), key
 
 
-def test_a_path_leads_from_any_network_of_a_run_to_any_other_and_lies_beside_it(run):
-    assert interpolated(file_of(run, "fc"), file_of(run, "lc1"), "--points", 2) == 0
-    assert "nonlocal" in torch.load(file_of(run, "lc1").parent / "path.hist", weights_only=True)
-
-
 def copy_of(run, to, **changes):
     """A run's CNN in a run whose config.json differs."""
     to.mkdir()
     (to / "small_1.pyT").write_bytes(file_of(run, "").read_bytes())
     config = json.loads((run / "config.json").read_text())
     del config["crc32"]
-    config["settings"] |= {key: value for key, value in changes.items() if key in config["settings"]}
-    config |= {key: value for key, value in changes.items() if key not in config["settings"]}
+    for key, value in changes.items():
+        (config["settings"] if key in config["settings"] else config)[key] = value
     (to / "config.json").write_text(json.dumps(config))
     return to / "small_1.pyT"
 
@@ -168,47 +168,43 @@ def ends_with(said: str, arguments, capsys, status: int = cli.BAD_INPUT):
 
 
 @pytest.mark.parametrize(
-    "flags, said",
-    [
-        (["--points", 1], "--points 1: has to be between 2"),
-        (["--points", "few"], "--points"),
-        (["--method", "bezier"], "--method"),
-        (["--epochs", -1], "--epochs -1"),
-        (["--stiffness", 0.6], "--stiffness 0.6: has to be between 0 and 0.5"),
-        (["--stiffness", "nan"], "--stiffness"),
-        (["--out", "/dev/null/there"], "name another --out"),
-    ],
-)
-def test_bad_values_are_refused_in_one_line(flags, said, run, capsys):
-    ends_with(said, [file_of(run, ""), file_of(run, "lc"), *flags], capsys)
+    "flag, value, said",
+    [("--points", 1, "1: has to be between 2"), ("--points", "few", "few"), ("--epochs", -1, "-1: has to be"),
+     ("--method", "bezier", "bezier"), ("--stiffness", 0.6, "0.6: has to be between 0 and 0.5"),
+     ("--stiffness", "nan", "nan: has to be"), ("--out", "/dev/null/there", "name another --out")],
+)  # fmt: skip
+def test_bad_values_are_refused_in_one_line(run, capsys, flag, value, said):
+    ends_with(said, [file_of(run, ""), file_of(run, "lc"), flag, value], capsys)
 
 
 def test_ends_that_cannot_be_compared_are_refused_in_one_line(run, tmp_path, capsys):
-    good = file_of(run, "")
+    good, other = file_of(run, ""), tmp_path / "tiny.npz"
     ends_with("there.pyT is no file", [good, tmp_path / "there.pyT"], capsys)
     ends_with("config.json is damaged", [good, run / "config.json"], capsys)
-    ends_with("differ in data_sha256", [good, copy_of(run, tmp_path / "data", data_sha256="0")], capsys)
-    ends_with("differ in network", [good, copy_of(run, tmp_path / "network", network="skinnyprime")], capsys)
-    ends_with("differ in data_size", [copy_of(run, tmp_path / "size", data_size=30), good], capsys)
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    (alone / "small_1.pyT").write_bytes(good.read_bytes())
-    ends_with("lies in no network's directory", [alone / "small_1.pyT", good], capsys)
-    other = tmp_path / "tiny.npz"
+    for key, value in (("data_sha256", "0"), ("network", "skinnyprime"), ("data_size", 30)):
+        ends_with(f"differ in {key}", [good, copy_of(run, tmp_path / key, **{key: value})], capsys)
     np.savez(other, **make_arrays(seed=1))
-    changed = copy_of(run, tmp_path / "changed", dataset_file=str(other))
-    ends_with("is not the data", [good, changed], capsys)
+    ends_with("is not the data", [good, copy_of(run, tmp_path / "changed", dataset_file=str(other))], capsys)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.LazyLinear(3)])
+def test_a_network_that_cannot_be_measured_here_is_refused_in_one_line(run, layer, monkeypatch, capsys):
+    net = small_cnn(3).net
+    monkeypatch.setitem(models.NETWORKS, "small", lambda classes: models.ConvNet(*net[:2], layer, *net[2:]))
+    ends_with(type(layer).__name__, [file_of(run, ""), file_of(run, "")], capsys)
+
+
+def test_the_figure_has_losses_on_panels_of_their_own_and_the_chord_of_each():
+    path = {"alpha": [0, 0.5, 1], "train_loss": [1, 5, 2], "test_loss": [3, 9, 3], "train_acc": [90, 80, 70],
+            "test_acc": [60, 50, 60]}  # fmt: skip
+    panels = interpolate.figure_of(path, "A path").axes
+    assert [ax.get_ylabel() for ax in panels] == ["train loss", "test loss", "train accuracy (%)", "test accuracy (%)"]
+    drawn = [[list(line.get_ydata()) for line in ax.lines] for ax in panels[:2]]
+    assert drawn == [[[1, 2], [1, 5, 2]], [[3, 3], [3, 9, 3]]]
 
 
 def test_an_interrupted_string_ends_cleanly(run, tmp_path, monkeypatch, capsys):
-    def stop():
-        cli._received.append(next(iter(cli.SIGNALS)))
-        raise Interrupted
-
-    monkeypatch.setattr(interpolate, "check_signals", stop)
+    monkeypatch.setattr(cli.Signals, "received", next(iter(cli.SIGNALS)))
     flags = ["--method", "string", "--points", 3, "--out", tmp_path]
-    try:
-        ends_with("nothing was written", [file_of(run, ""), file_of(run, "lc"), *flags], capsys, status=130)
-    finally:
-        cli._received.clear()
+    ends_with("nothing was written", [file_of(run, ""), file_of(run, "lc"), *flags], capsys, status=130)
     assert list(tmp_path.iterdir()) == []
