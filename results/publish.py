@@ -2,20 +2,18 @@
 
     python results/publish.py RUN ...
 
-Takes every history, config.json without the path of the data, status.json without hosts and commands, and of the
-checkpoints only the CNN's at its split epochs and its last, 0.6 MB each, from which a copy of the run can go on.
+Takes every history and config.json without the path of the data; and of seed 0 the CNN's checkpoints at its split
+epochs, 0.6 MB each, from which convert.py can go on with a copy of the run.
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rnorm.files import write_file
-from rnorm.runs import Member, converted_members, read_config, read_status, write_config
+from rnorm.runs import Member, converted_members, read_config, write_config
 
 PUBLISHED = Path(__file__).parent / "published"
 
@@ -25,19 +23,16 @@ def publish(run: Path) -> None:
     target = PUBLISHED / run.name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    environment = {key: config[key] for key in config if key not in ("settings", "data_sha256", "dataset_file")}
-    write_config(target, settings, config["data_sha256"], None, environment)
-    cnn = Member(settings)
-    for member in [cnn, *converted_members(run, settings)]:
-        if member.history(run).exists():
-            member.directory(target).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(member.history(run), member.history(target))
-    there = [epoch for epoch in cnn.evaluations if cnn.checkpoint(run, epoch).exists()]
-    for epoch in there:
-        if epoch in settings.split_epochs or epoch == there[-1]:
-            shutil.copyfile(cnn.checkpoint(run, epoch), cnn.checkpoint(target, epoch))
-    status = {"networks": read_status(run)["networks"], "sessions": []}
-    write_file(target / "status.json", (json.dumps(status, indent=1) + "\n").encode())
+    write_config(target, settings, {key: config[key] for key in config if key not in ("settings", "dataset_file")})
+    cnn = Member(run, settings)
+    files = [member.history_file for member in (cnn, *converted_members(run, settings))]
+    if settings.seed == 0:
+        files += [cnn.checkpoint(epoch) for epoch in settings.split_epochs]
+    for file in files:
+        if file.exists():
+            copy = target / file.relative_to(run)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     print(target)
 
 

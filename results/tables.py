@@ -1,14 +1,13 @@
-"""The tables of README.md, from the histories of a run, and from reencoding.csv what JPEG costs.
+"""The tables of README.md and results/README.md, from the histories of runs.
 
-    python results/tables.py [RUN]     by default the run in results/published
+    python results/tables.py [RUN ...]     by default the runs in results/published
 
-Prints markdown. `epoch` counts on the CNN's axis. The published norm of an eLCN at its epoch 0 is no measurement and is
-left out.
+Prints markdown. Every number with a ± is a mean over seeds and a sample standard deviation; differences and shares are
+taken seed by seed before that.
 """
 
-import csv
-import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -16,94 +15,185 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from rnorm.cli import COMPLETE, Parser, finish
-from rnorm.results import PUBLISHED, Member, Network, Run, find_runs, read_reference, read_run, with_margin
+from rnorm.results import Values, average, number, read_curves, read_reference, with_margin
 
 HERE = Path(__file__).parent
 NORM = "log_prod_norm_normalized"
-OWN_EPOCHS = (0, 1, 10, 30, 67)  # of the table of conversions, and the last
-WINDOWS = ((2, 5), (6, 10), (11, 15), (16, 20), (2, 20))  # first and last epoch, of the table of the re-encoding
+SHOWN = {"train_acc": 2, "test_acc": 2, NORM: 3}  # quantities, and digits after the point
+COMPARED = {"train_loss": 3} | SHOWN | {"log_prod_norm": 2, "margin": 2, "multiclass_margin": 2}
+TITLES = {"train_acc": "train accuracy", "test_acc": "test accuracy", NORM: "norm", "margin": "published margin"}
+OWN_EPOCHS = (1, 10, 30, 67, 150)
+
+Networks = dict[tuple[str, int], dict[int, Values]]  # conversion and split to seed to evaluations
 
 
-def print_table(*rows: list[str]) -> None:
-    """Rows of cells, the first of them the titles."""
-    titles, *rest = rows
-    print(f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
-    print(*(f"| {' | '.join(row)} |" for row in rest), "", sep="\n")
+def networks_of(runs: list[Path]) -> dict[tuple, Networks]:
+    """What runs recorded, by settings without the seed and data, and then by network and seed."""
+    curves, groups = read_curves(runs, None, None), {}
+    for curve in curves:
+        ((of,),) = average([curve], "published")  # without the last entry of one that diverged
+        networks = groups.setdefault((of.member.settings, of.data_sha256), {})
+        if len(of.own_epochs):
+            networks.setdefault((of.member.conversion, of.member.split), {})[curve.member.settings.seed] = of.mean
+    return groups
 
 
-def paper_against_here(run: Run, reference: dict[Member, Network]) -> None:
-    """Each network that the published figure has too, over the epochs that both have."""
-    rows = [["network", "epochs that both have", "last test accuracy, paper; here", "last norm, paper; here",
-             "largest difference of test accuracy", "of the norm"]]  # fmt: skip
-    for member, here in run.networks.items():
-        paper = reference.get(dataclasses.replace(member, settings=PUBLISHED))
-        if paper is None:
-            continue
-        epochs, i, j = np.intersect1d(here["checkpoints"] + member.split, paper["epoch"], return_indices=True)
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    if rows:
+        print(f"**{title}**\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+        print(*(f"| {' | '.join(row)} |" for row in rows), "", sep="\n")
+
+
+def spread(values: Iterable[float], digits: int, sign: str = "") -> str:
+    """Mean and sample standard deviation, of which a single value has none."""
+    values = list(values)
+    mean = number(np.mean(values), f"{sign}.{digits}f")
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
+
+
+def name_of(conversion: str) -> str:
+    return {"": "CNN", "lc": "eLCN"}.get(conversion, f"`{conversion}`")
+
+
+def titles(keys: Iterable[str]) -> list[str]:
+    return [TITLES.get(key, key.replace("_", " ")) for key in keys]
+
+
+def at_epoch(values: Values, epoch: int) -> Values | None:
+    """The evaluation after `epoch` own epochs, if there is one."""
+    found = np.flatnonzero(values["checkpoints"] == epoch)
+    return {key: of[found[0]] for key, of in values.items()} if len(found) else None
+
+
+def at_loss(values: Values, level: float) -> Values | None:
+    """Where train loss first falls to `level`: interpolated, in its logarithm, between two evaluations, of which
+    `checkpoints` is the nearest. None if it does not.
+    """
+    loss = np.log(values["train_loss"])
+    below = np.flatnonzero(loss <= np.log(level))
+    if not len(below) or below[0] == 0:
+        return None
+    i = below[0]
+    share = (loss[i - 1] - np.log(level)) / (loss[i - 1] - loss[i])
+    between = {key: (1 - share) * of[i - 1] + share * of[i] for key, of in values.items()}
+    return between | {"train_loss": level, "checkpoints": values["checkpoints"][i if share > 0.5 else i - 1]}
+
+
+def paper_against_here(networks: Networks) -> None:
+    """Seed 0, as the paper's, over the epochs that both have."""
+    columns, rows = ["network", "epochs that both have"], []
+    for name, limit in (("test accuracy", "1 point"), ("norm", "0.05")):
+        columns += [f"last {name}: paper, here", f"largest difference of {name}", f"more than {limit}"]
+    for curve in read_reference(HERE / "published_figure.csv"):
+        here = networks.get((curve.member.conversion, curve.member.split), {}).get(0, {"checkpoints": []})
+        epochs, i, j = np.intersect1d(here["checkpoints"], curve.own_epochs, return_indices=True)
         if not len(epochs):
             continue
-        row = [member.label, f"{epochs[0]:.0f} to {epochs[-1]:.0f}"]
-        for key, digits in (("test_acc", 1), (NORM, 2)):
-            row.append(f"{paper[key][j][-1]:.{digits}f}; {here[key][i][-1]:.{digits}f}")
-        for key, digits in (("test_acc", 1), (NORM, 3)):
-            apart = here[key][i] - paper[key][j]
-            row.append(f"{apart[np.nanargmax(np.abs(apart))]:+.{digits}f}")
+        epochs = epochs.astype(int) + curve.member.split
+        row = [curve.member.label, f"{len(epochs)}, {epochs[0]} to {epochs[-1]}"]
+        for key, limit in (("test_acc", 1), (NORM, 0.05)):
+            digits, apart = SHOWN[key], here[key][i] - curve.mean[key][j]
+            worst, large = np.nanargmax(np.abs(apart)), epochs[np.abs(apart) > limit]
+            row.append(f"{curve.mean[key][j][-1]:.{digits}f}, {here[key][i][-1]:.{digits}f}")
+            row.append(f"{apart[worst]:+.{digits}f} at {epochs[worst]}")
+            row.append(f"at {len(large)}, {large[0]} to {large[-1]}" if len(large) else "never")
         rows.append(row)
-    print_table(*rows)
+    print_table("Paper against here, seed 0; epochs on the CNN's axis", columns, rows)
 
 
-def conversions(run: Run) -> None:
-    """Every converted network after some epochs of its own."""
-    rows = [["from", "network", "own epochs", "train accuracy", "test accuracy", "log normalized R1-norm",
-             "the same, multiclass margin", "untied", "layer by layer"]]  # fmt: skip
-    for member, network in sorted(run.networks.items(), key=lambda item: item[0].split):
-        epochs = network["checkpoints"].astype(int).tolist()
-        multiclass = with_margin(network, "multiclass")[NORM]
-        layers = [key for key in network if key.startswith("untied_")]
-        for i, epoch in enumerate(epochs):
-            if member.is_cnn or not (epoch in OWN_EPOCHS or epoch == epochs[-1]):
-                continue
-            name = "eLCN" if member.conversion == "lc" else f"`{member.conversion}`"
-            row = [str(member.split), name, str(epoch)]
-            row += [f"{network['train_acc'][i]:.2f}", f"{network['test_acc'][i]:.2f}"]
-            row += [f"{network[NORM][i]:.3f}", f"{multiclass[i]:.3f}", f"{100 * network['untied'][i]:.1f} %"]
-            row.append(", ".join(f"{100 * network[key][i]:.1f}" for key in layers))
+def at_equal_epochs(networks: Networks) -> None:
+    """Every converted network after some epochs of its own, over the seeds that have come so far."""
+    columns = ["from", "network", "own epochs", "seeds", *titles(SHOWN), "norm, multiclass margin", "untied"]
+    rows = []
+    for (conversion, split), seeds in sorted(networks.items(), key=lambda item: item[0][1]):
+        last = max(int(values["checkpoints"][-1]) for values in seeds.values())
+        for epoch in sorted({0, *OWN_EPOCHS, last}) if conversion else ():
+            found = [evaluation for values in seeds.values() if (evaluation := at_epoch(values, epoch))]
+            if found:
+                row = [str(split), name_of(conversion), str(epoch), str(len(found))]
+                row += [spread((of[key] for of in found), digits) for key, digits in SHOWN.items()]
+                row.append(spread((with_margin(of, "multiclass")[NORM] for of in found), 3))
+                rows.append([*row, f"{spread((100 * of['untied'] for of in found), 1)} %"])
+    print_table("At equal epochs", columns, rows)
+
+
+def against_controls(networks: Networks) -> None:
+    """Untied networks and their controls: `lc` has the controls tied and cnn, `lc5` has tied5 and cnn."""
+    rows = []
+    for conversion, split in sorted(networks, key=lambda network: (network[1], network[0])):
+        for control in (conversion.replace("lc", "tied"), "cnn") if conversion.startswith("lc") else ():
+            controls, untied = networks.get((control, split), {}), networks[conversion, split]
+            for epoch, how in ((epoch, how) for epoch in OWN_EPOCHS[1:] for how in ("epochs", "train loss")):
+                pairs = []
+                for seed in sorted(controls.keys() & untied.keys()):
+                    a, b = at_epoch(controls[seed], epoch), at_epoch(untied[seed], epoch)
+                    if a and how == "train loss":
+                        b = at_loss(untied[seed], a["train_loss"])
+                    if a and b:
+                        pairs.append((a, b))
+                if not pairs:
+                    continue
+                nearest = ", ".join(f"{b['checkpoints']:.0f}" for _, b in pairs)
+                row = [str(split), name_of(control), name_of(conversion), how, str(epoch), nearest, str(len(pairs))]
+                rows.append(row + compared(pairs))
+    columns = ["from", "control", "untied", "equal", "control's epochs", "untied's, or nearest", "seeds"]
+    print_table("Control, untied, difference", [*columns, *titles(COMPARED)], rows)
+
+
+def against_cnn(networks: Networks) -> None:
+    """Each eLCN at its last evaluation, and the CNN where its train loss first was the same."""
+    rows = []
+    for conversion, split in sorted(networks, key=lambda network: network[1]):
+        pairs, cnns = [], networks.get(("", 0), {})
+        for seed, elcn in networks[conversion, split].items() if conversion == "lc" else ():
+            end = at_epoch(elcn, elcn["checkpoints"][-1])
+            if seed in cnns and (same := at_loss(cnns[seed], end["train_loss"])):
+                pairs.append((same, end))
+        if pairs:
+            rows.append([str(split), *(", ".join(f"{of['checkpoints']:.0f}" for of in side) for side in zip(*pairs))])
+            rows[-1] += [str(len(pairs)), *compared(pairs)]
+    columns = ["from", "CNN's epochs, or nearest", "eLCN's own epochs", "seeds", *titles(COMPARED)]
+    print_table("CNN, eLCN, difference, at the train loss of the eLCN's end", columns, rows)
+
+
+def compared(pairs: list[tuple[Values, Values]]) -> list[str]:
+    """For each of COMPARED the means of both sides over seeds, and their difference."""
+    cells = []
+    for key, digits in COMPARED.items():
+        means = [number(np.mean([of[key] for of in side]), f".{digits}f") for side in zip(*pairs)]
+        cells.append(", ".join([*means, spread((b[key] - a[key] for a, b in pairs), digits, "+")]))
+    return cells
+
+
+def first_epoch(networks: Networks) -> None:
+    """The change in the eLCN's first epoch; what share of it its controls have; what the CNN does at its own rate."""
+    rows = []
+    for split in sorted({split for conversion, split in networks if conversion == "lc"}):
+        changes = {}  # by network and seed
+        for name, start in {"lc": 0, "tied": 0, "cnn": 0, "": split}.items():
+            for seed, values in networks.get((name, split if name else 0), {}).items():
+                before, after = at_epoch(values, start), at_epoch(values, start + 1)
+                if before and after and (name == "lc" or seed in changes.get("lc", {})):
+                    changes.setdefault(name, {})[seed] = {key: after[key] - before[key] for key in SHOWN}
+        for name, seeds in changes.items():
+            row = [str(split), name_of(name) if name else "CNN at its own rate", str(len(seeds))]
+            for key, digits in SHOWN.items():
+                row.append(spread((of[key] for of in seeds.values()), digits, "+"))
+                if name in ("tied", "cnn"):
+                    shares = (100 * of[key] / changes["lc"][seed][key] for seed, of in seeds.items())
+                    row[-1] += f" ({spread(shares, 0)} %)"
             rows.append(row)
-    print_table(*rows)
-
-
-def reencoding(path: Path) -> None:
-    """What the re-encoding costs: means over seeds, and the standard error of the difference, paired by seed."""
-    digits = {"train_acc": 2, "test_acc": 2, NORM: 3}
-    curves = {"exact": {}, "jpeg": {}}  # by seed, a row for each epoch from 0 on
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            copy = "exact" if "cifar10_head_exact" in row["run"] else "jpeg"
-            curves[copy].setdefault(row["seed"], []).append([float(row[key]) for key in digits])
-    exact, jpeg = (np.array([curves[copy][seed] for seed in curves["exact"]]) for copy in curves)
-    titles = (f"{name}: exact, JPEG, difference" for name in ("train accuracy", "test accuracy", "norm"))
-    rows = [["epochs", "seeds", *titles]]
-    for first, last in WINDOWS:
-        a, b = (curve[:, first : last + 1].mean(axis=1) for curve in (exact, jpeg))  # (seeds, quantities)
-        errors = (a - b).std(axis=0, ddof=1) / np.sqrt(len(a))
-        row = [f"{first} to {last}", str(len(a))]
-        for x, y, error, n in zip(a.mean(axis=0), b.mean(axis=0), errors, digits.values(), strict=True):
-            row.append(f"{x:.{n}f}, {y:.{n}f}, {x - y:+.{n}f} ± {error:.{n}f}")
-        rows.append(row)
-    print_table(*rows)
+    columns = ["from", "network", "seeds", *titles(SHOWN)]
+    print_table("The first epoch after the split: change, and share of the eLCN's", columns, rows)
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("run", type=Path, nargs="?", default=HERE / "published", metavar="RUN")
-    args = parser.parse_args(argv)
-    reference = read_reference(HERE / "published_figure.csv")
-    for path in find_runs([args.run]):
-        run = read_run(path)
-        print(f"{path.name}\n")
-        paper_against_here(run, reference)
-        conversions(run)
-    reencoding(HERE / "reencoding.csv")
+    parser.add_argument("runs", type=Path, nargs="*", default=[HERE / "published"], metavar="RUN")
+    for (settings, _), networks in networks_of(parser.parse_args(argv).runs).items():
+        print(f"{settings.run_name}\n")
+        for print_one in (paper_against_here, against_cnn, at_equal_epochs, against_controls, first_epoch):
+            print_one(networks)
     return COMPLETE
 
 

@@ -3,48 +3,77 @@
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 RESULTS = Path(__file__).parents[1] / "results"
 sys.path.insert(0, str(RESULTS))
 
 import plot
 import publish
 import tables
-from fake_runs import make_run
+from fake_runs import make_run, put
 
-from rnorm.results import read_run, tidy_rows, to_csv
+from rnorm.results import read_curves, tidy
+from rnorm.runs import Settings
+
+
+def printed_by(capsys, *runs) -> list[list[str]]:
+    """The tables that tables.py prints, each a list of lines."""
+    assert tables.main([str(run) for run in runs]) == 0
+    return [block.splitlines() for block in capsys.readouterr().out.split("\n\n") if block.startswith("| ")]
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def test_the_shipped_curves_and_table_are_those_of_the_shipped_histories(tmp_path):
-    outputs = {"--out": tmp_path / "a.png", "--table": tmp_path / "a.md", "--csv": tmp_path / "a.csv"}
+    outputs = {"--table": tmp_path / "a.md", "--csv": tmp_path / "a.csv"}
     assert plot.main([str(RESULTS / "published"), *(str(word) for pair in outputs.items() for word in pair)]) == 0
     for name in ("md", "csv"):
         assert (tmp_path / f"a.{name}").read_text() == (RESULTS / f"reproduction.{name}").read_text()
 
 
-def test_the_readmes_tables_come_from_the_shipped_histories(capsys):
-    assert tables.main([]) == 0
-    readme = (RESULTS.parent / "README.md").read_text().split("\n\n")
-    printed = [block.splitlines() for block in capsys.readouterr().out.split("\n\n") if block.startswith("| ")]
-    assert printed
-    for titles, *rows in printed:
-        (shown,) = (block for block in readme if block.startswith(titles))
-        assert set(shown.splitlines()[1:]) <= set(rows)
-    for network in ("CNN", "eLCN from 9", "eLCN from 28"):
-        (row,) = (row for _, *rows in printed for row in rows if row.startswith(f"| {network} | ") and " to " in row)
-        assert any(row in block.splitlines() for block in readme)
+def test_the_tables_in_the_texts_come_from_the_shipped_histories(capsys):
+    printed = {titles: rows for titles, *rows in printed_by(capsys)}
+    texts = [path.read_text() for path in (RESULTS.parent / "README.md", RESULTS / "README.md")]
+    shown = [block.splitlines() for text in texts for block in text.split("\n\n") if block.split("\n")[0] in printed]
+    for titles, *rows in shown:
+        assert set(rows) <= set(printed[titles])
+    _, *paper = next(rows for titles, *rows in shown if "paper" in titles)
+    assert [cells(row)[0] for row in paper] == ["CNN", *(f"eLCN from {split}" for split in (1, 9, 28, 85))]
 
 
 def test_a_run_without_epochs_of_the_published_figure_has_no_row_against_it(tmp_path, capsys):
-    assert tables.main([str(make_run(tmp_path, cnn_epochs=0))]) == 0
-    assert "| CNN |" not in capsys.readouterr().out
+    assert not any("paper" in titles for titles, *_ in printed_by(capsys, make_run(tmp_path, cnn_epochs=0)))
 
 
-def test_a_published_run_holds_all_histories_and_nothing_of_the_machine_it_ran_on(tmp_path, monkeypatch):
-    run = make_run(tmp_path, conversions=("lc", "tied"))
+def test_controls_are_compared_seed_by_seed_at_equal_epochs_and_at_equal_train_loss(tmp_path, capsys):
+    """The eLCN has its control's loss of epoch 10 after 2 epochs, between evaluations whose logarithms it halves."""
+    for seed in (0, 1):
+        settings = Settings(epochs=10, splits=(2,), seed=seed)
+        run = make_run(tmp_path, cnn_epochs=10, conversions=(), epochs=10, splits=(2,), seed=seed)
+        put(run, settings, "lc", 2, 10, train_loss=np.exp(-np.arange(10.0)), test_acc=60 + 2 * np.arange(10) + seed)
+        put(run, settings, "tied", 2, 10, train_loss=np.exp(-np.arange(10) / 4), test_acc=60 + np.arange(10))
+    comparison, first = printed_by(capsys, tmp_path)[-2:]
+    rows = {cells(row)[3]: dict(zip(cells(comparison[0]), cells(row))) for row in comparison[2:]}
+    assert rows["epochs"]["test accuracy"] == "69.00, 78.50, +9.50 ± 0.71"
+    assert rows["train loss"]["test accuracy"] == "69.00, 65.00, -4.00 ± 0.71"  # 2.25 epochs: 60 + 4.5 + seed
+    assert rows["train loss"]["untied's, or nearest"] == "2, 2" and rows["train loss"]["seeds"] == "2"
+    assert [cells(row)[1:5:3] for row in first[2:]] == [
+        ["eLCN", "+2.00 ± 0.00"], ["`tied`", "+1.00 ± 0.00 (50 ± 0 %)"], ["CNN at its own rate", "+1.00 ± 0.00"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_published_run_holds_all_histories_and_nothing_of_the_machine_it_ran_on(tmp_path, monkeypatch, seed):
+    run = make_run(tmp_path, conversions=("lc", "tied"), seed=seed)
+    (run / "skinnyprime_2.pyT").touch()
+    (run / "skinnyprime_3.pyT").touch()
     monkeypatch.setattr(publish, "PUBLISHED", tmp_path / "published")
     publish.publish(run)
     published = tmp_path / "published" / run.name
-    ours, theirs = (to_csv(tidy_rows([read_run(path)])) for path in (run, published))
-    assert ours == theirs
-    for name in ("config.json", "status.json"):
-        assert str(tmp_path) not in (published / name).read_text()
+    assert tidy(read_curves([published], None, None)) == tidy(read_curves([run], None, None))
+    assert str(tmp_path) not in (published / "config.json").read_text()
+    assert [path.name for path in published.glob("*.pyT")] == ["skinnyprime_2.pyT"] * (seed == 0)
