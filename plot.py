@@ -237,7 +237,10 @@ def range_of(lines: list[Line2D]) -> tuple[float, float]:
     low, high = min(core, default=0), max(core, default=1)
     lowest, highest = min(whole, default=low), max(whole, default=high)
     room = 0.4 * (high - low) or 0.01 * abs(high) or 1
-    low, high = lowest if lowest > low - room else low, highest if highest < high + room else high
+    if lowest > low - room:
+        low = lowest
+    if highest < high + room:
+        high = highest
     return low - 0.15 * room, high + 0.15 * room
 
 
