@@ -1,6 +1,7 @@
 """job.sh and run_all.sh, on a real Slurm where there is one: tests/start_slurm.sh starts it. All in a copy of the
 repository that knows the tests' small network."""
 
+import contextlib
 import inspect
 import os
 import re
@@ -203,10 +204,20 @@ def test_requeued_jobs_end_bit_identical(slurm, clone):
     assert differences(run, here) == differences(array, here) == []
 
 
+def notes_signals(clone: Path) -> bool:
+    """Whether a job's Python is there; it will import torch for a second."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            caught = int(re.search(r"SigCgt:\s*(\w+)", (process / "status").read_text())[1], 16)
+            of_python = b"experiments.py" in (process / "cmdline").read_bytes()
+            if of_python and os.readlink(process / "cwd") == str(clone) and caught >> (signal.SIGUSR1 - 1) & 1:
+                return True
+    return False
+
+
 def test_a_job_that_fails_or_took_no_step_is_not_requeued(slurm, clone):
     no_step = submit(clone, "sbatch", "job.sh", 0.1, 0.01, 30, 1, "--", *CPU)
-    wait_until(lambda: "python -u experiments.py" in log(clone, no_step))
-    time.sleep(1)  # Python has to be there; torch's import takes longer
+    wait_until(lambda: notes_signals(clone))
     call("scancel", "--batch", "--signal=USR1", no_step)
     bad = submit(clone, "sbatch", "job.sh", "--", *CPU, "--dataset", "missing.npz")
     no_gpu = submit(clone, "sbatch", "job.sh", 0.2, "--", *FLAGS)
