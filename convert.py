@@ -26,7 +26,7 @@ from rnorm.files import RnormError, lock_directory
 from rnorm.flags import add_training_flags, data_of_run, open_device
 from rnorm.measure import logits_of
 from rnorm.runs import Member, Settings, read_config
-from train import Progress, begin, make_step, start_cnn, train, train_epoch
+from train import Progress, begin, cnn_track, make_step, start_cnn, train, train_epoch
 
 
 def largest_difference(a: nn.Module, b: nn.Module, x: torch.Tensor) -> float:
@@ -40,8 +40,7 @@ def trained_cnn(cnn: Member, epoch: int, data: Data) -> nn.Module:
 
     Where its checkpoint is gone or damaged, the epochs from the one before are repeated, and nothing is written.
     """
-    model = start_cnn(cnn.settings, data)
-    track = Track(cnn, model, [cnn.lr for _ in model.parameters()])
+    track = cnn_track(cnn, data)
     track.restore_before(epoch)
     if track.epoch < epoch:
         print(f"CNN: {cnn.checkpoint(epoch).name} is not on disk; its epochs from {track.epoch} on are repeated")

@@ -24,13 +24,13 @@ import torch
 
 from convert import convert_run, members_to_train
 from models import size_of
-from rnorm.checkpoints import Track, has_ended, past_divergence, recorded
+from rnorm.checkpoints import has_ended, past_divergence, recorded
 from rnorm.conversions import find_conversion
 from rnorm.data import DATASETS, Data, check_data_size
 from rnorm.files import Lock, files_below, lock_directory
 from rnorm.flags import add_settings, add_training_flags, open_data, open_device, settings_of
 from rnorm.runs import Member, has_files_of_a_run
-from train import Progress, begin, start_cnn, train
+from train import Progress, begin, cnn_track, train, work_of
 
 EVALUATION_BYTES = 160  # of one evaluation in a history, which every checkpoint holds up to its own epoch
 
@@ -58,15 +58,17 @@ def disk_space(run: Path, members: list[Member], keep: str | None) -> tuple[int,
     return max(0, total - there), shutil.disk_usage(nearest).free
 
 
-def print_plan(members: list[Member], images: int, keep: str | None) -> None:
-    """Print what a run will train and write, and how far it has come; `images` are those for training."""
+def print_plan(members: list[Member], images: int, keep: str | None, needed: int, free: int) -> None:
+    """Print what a run will train and write, and how far it has come.
+
+    `images` are those for training, `needed` and `free` as `disk_space` returns them.
+    """
     (cnn, *converted), settings = members, members[0].settings
-    needed, free = disk_space(cnn.run, members, keep)
     ended = [member for member in members if has_ended(recorded(member), member) or past_divergence(member)]
     state = f"{len(ended)} of {len(members)} networks complete"
     if len(ended) == len(members):
         state = "complete"
-    work = sum(size_of(m.settings.network, m.conversion)[1] * m.epochs * images for m in members)
+    work = sum(work_of(member, images) for member in members)
     print(f"run         {cnn.run}")
     print(f"state       {state}")
     print(f"data        {settings.dataset}, {images} training images, batches of {settings.batch_size}")
@@ -116,8 +118,7 @@ def delete(run: Path) -> None:
 
 def train_cnn(cnn: Member, data: Data, progress: Progress) -> bool:
     """Train the CNN from wherever it stands; returns whether its loss stays finite."""
-    model = start_cnn(cnn.settings, data)
-    track = Track(cnn, model, [cnn.lr for _ in model.parameters()])
+    track = cnn_track(cnn, data)
     track.restore()
     return train(track, data, progress)
 
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> int:
             images = settings.data_size or images
         else:
             images = len(open_data(args.dataset, args.data_dir, settings, torch.device("cpu")).x_train)
-        print_plan(members, images, args.keep)
+        print_plan(members, images, args.keep, needed, free)
         return COMPLETE
     if needed > free:
         there = f"disk space: {needed / 1e9:.2f} GB needed and {free / 1e9:.2f} GB free for {run}"

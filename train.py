@@ -20,6 +20,12 @@ from rnorm.measure import evaluate
 from rnorm.runs import Member, Settings, environment, write_config
 
 
+def work_of(member: Member, images: int) -> int:
+    """The FLOP that all of a network's training takes, with `images` in an epoch."""
+    _, flop = size_of(member.settings.network, member.conversion)
+    return member.epochs * images * flop
+
+
 class Progress:
     """What a person sees: one bar for all that a command trains, in FLOP; in a file, a line for each evaluation.
 
@@ -31,19 +37,16 @@ class Progress:
         self.images, self.terminal = images, sys.stdout.isatty()
         self.flop = {member: size_of(member.settings.network, member.conversion)[1] for member in members}  # an image's
         self.bar = tqdm(
-            total=sum(map(self.work, members)), unit="FLOP", unit_scale=True, smoothing=0, dynamic_ncols=True,
+            total=sum(work_of(member, images) for member in members),
+            unit="FLOP", unit_scale=True, smoothing=0, dynamic_ncols=True,
             file=sys.stdout if self.terminal else io.StringIO(), bar_format=None if self.terminal else "{remaining}",
             leave=False, delay=0.01,  # until there is something to show, messages have the line
         )  # fmt: skip
 
-    def work(self, member: Member) -> int:
-        """The FLOP that all of a network's training takes."""
-        return member.epochs * self.images * self.flop[member]
-
     def begin(self, track: Track) -> None:
         """Show the network of `track`, and count as done what it has done."""
         self.member = track.member
-        done = self.work(self.member)
+        done = work_of(self.member, self.images)
         if not track.ended:
             images = track.epoch * self.images + track.step * self.member.settings.batch_size
             done = images * self.flop[self.member]
@@ -68,7 +71,7 @@ class Progress:
 
     def skip(self, member: Member) -> None:
         """Leave out a network that will not be trained."""
-        self.bar.total -= self.work(member)
+        self.bar.total -= work_of(member, self.images)
 
 
 def begin(run: Path, settings: Settings, data: Data, dataset_file: str | None) -> None:
@@ -87,6 +90,12 @@ def start_cnn(settings: Settings, data: Data) -> nn.Module:
     torch.manual_seed(settings.seed)
     cnn = make_network(settings.network, data.num_classes)
     return cnn.to(data.x_train.device, data.x_train.dtype, memory_format=torch.channels_last)
+
+
+def cnn_track(cnn: Member, data: Data) -> Track:
+    """The run's CNN before any training, and its files."""
+    model = start_cnn(cnn.settings, data)
+    return Track(cnn, model, [cnn.lr for _ in model.parameters()])
 
 
 def epoch_order(n: int, settings: Settings, epoch: int) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from rnorm.checkpoints import Track
 from rnorm.conversions import find_conversion, layers_of, untie
 from rnorm.data import load_data
 from rnorm.runs import Member, Settings
-from train import Progress, epoch_order, make_step, start_cnn, train, train_epoch
+from train import Progress, epoch_order, make_step, start_cnn, train, train_epoch, work_of
 
 SETTINGS = Settings(epochs=2, splits=(1, 2), network="small", dataset="tiny", batch_size=20)  # 3 steps an epoch
 
@@ -129,6 +129,6 @@ def test_what_is_left_is_told_from_what_this_process_did(cnn, images, members, p
     progress.begin(track)
     assert progress.bar.n == progress.bar.initial == (60 + 2 * 20) * progress.flop[members[0]]
     progress.stepped(20)
-    assert progress.bar.n == progress.work(members[0]) and progress.bar.n > progress.bar.initial
+    assert progress.bar.n == work_of(members[0], 60) and progress.bar.n > progress.bar.initial
     progress.skip(members[2])
-    assert progress.bar.total == progress.work(members[0]) + progress.work(members[1])
+    assert progress.bar.total == work_of(members[0], 60) + work_of(members[1], 60)
