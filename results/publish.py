@@ -2,8 +2,9 @@
 
     python results/publish.py RUN ...
 
-Takes every history and config.json without the path of the data; and of seed 0 the CNN's checkpoints at its split
-epochs, 0.6 MB each, from which convert.py can go on with a copy of the run.
+Takes every history and config.json without the path of the data. With a copy of the run anyone can go on: it has, of
+seed 0, the CNN's checkpoints at its split epochs, and of networks that are not complete the last one, 0.6 MB each; an
+unfinished eLCN, of 31 MB, starts again at its split.
 """
 
 import argparse
@@ -13,9 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from rnorm.checkpoints import has_ended, recorded
 from rnorm.runs import Member, converted_members, read_config, write_config
 
 PUBLISHED = Path(__file__).parent / "published"
+LARGE = 10**6  # bytes
 
 
 def publish(run: Path) -> None:
@@ -25,11 +28,14 @@ def publish(run: Path) -> None:
     target.mkdir(parents=True)
     write_config(target, settings, {key: config[key] for key in config if key not in ("settings", "dataset_file")})
     cnn = Member(run, settings)
-    files = [member.history_file for member in (cnn, *converted_members(run, settings))]
-    if settings.seed == 0:
-        files += [cnn.checkpoint(epoch) for epoch in settings.split_epochs]
-    for file in files:
-        if file.exists():
+    files = [cnn.checkpoint(epoch) for epoch in settings.split_epochs] if settings.seed == 0 else []
+    for member in (cnn, *converted_members(run, settings)):
+        files.append(member.history_file)
+        history = recorded(member)
+        if history and not has_ended(history, member):
+            files.append(member.checkpoint(history["checkpoints"][-1]))
+    for file in dict.fromkeys(files):
+        if file.exists() and file.stat().st_size < LARGE:
             copy = target / file.relative_to(run)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)

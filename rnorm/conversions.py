@@ -129,16 +129,12 @@ def matrix_of(layer: LocallyConnected2d) -> nn.Linear:
     return matrix
 
 
-def same_rate(
-    net: nn.Sequential, image_shape: tuple[int, ...], lr: float, only: set[int] | None = None
-) -> list[float]:
+def same_rate(net: nn.Sequential, image_shape: tuple[int, ...], lr: float, only: set[int] | None = None) -> list[float]:
     """The learning rate `lr` for every parameter of `net`."""
     return [lr for _ in net.parameters()]
 
 
-def tied_rate(
-    net: nn.Sequential, image_shape: tuple[int, ...], lr: float, only: set[int] | None = None
-) -> list[float]:
+def tied_rate(net: nn.Sequential, image_shape: tuple[int, ...], lr: float, only: set[int] | None = None) -> list[float]:
     """Learning rates with which a CNN takes an eLCN's steps at `lr`, confined to the tied subspace.
 
     The gradient of an eLCN's filters, averaged over the positions of the layer, keeps them tied, and is the gradient

@@ -57,9 +57,7 @@ def test_a_part_that_fails_is_shown_and_the_others_still_run(monkeypatch, capsys
         (peers.keras_step, "tensorflow", "TF_FORCE_GPU_ALLOW_GROWTH", "true"),
     ],
 )
-def test_jax_and_tensorflow_are_told_to_leave_memory_of_the_gpu(
-    monkeypatch, tmp_path, step, library, variable, value
-):
+def test_jax_and_tensorflow_are_told_to_leave_memory_of_the_gpu(monkeypatch, tmp_path, step, library, variable, value):
     """Before they are imported, when they read it; here by a library that cannot be imported."""
     (tmp_path / f"{library}.py").write_text(f"import os\nraise ImportError(os.environ.get({variable!r}))")
     monkeypatch.syspath_prepend(tmp_path)

@@ -15,7 +15,7 @@ import tables
 from fake_runs import make_run, put
 
 from rnorm.results import read_curves, tidy
-from rnorm.runs import Settings
+from rnorm.runs import Member, Settings
 
 
 def printed_by(capsys, *runs) -> list[list[str]]:
@@ -67,13 +67,19 @@ def test_controls_are_compared_seed_by_seed_at_equal_epochs_and_at_equal_train_l
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_published_run_holds_all_histories_and_nothing_of_the_machine_it_ran_on(tmp_path, monkeypatch, seed):
-    run = make_run(tmp_path, conversions=("lc", "tied"), seed=seed)
-    (run / "skinnyprime_2.pyT").touch()
-    (run / "skinnyprime_3.pyT").touch()
+def test_a_published_run_holds_all_histories_what_it_can_go_on_from_and_nothing_of_the_machine(
+    tmp_path, monkeypatch, seed
+):
+    run = make_run(tmp_path, conversions=("lc", "tied"), evaluations=2, seed=seed)
+    settings = Settings(epochs=4, n_splits=3, seed=seed)
+    cnn, elcn, tied = (Member(run, settings, name, 2) for name in ("", "lc", "tied"))
+    for member in (cnn, elcn, tied):
+        for epoch in (1, 2, 3):
+            member.checkpoint(epoch).write_bytes(bytes(31 * 10**6 if member == elcn else 1))
     monkeypatch.setattr(publish, "PUBLISHED", tmp_path / "published")
     publish.publish(run)
     published = tmp_path / "published" / run.name
     assert tidy(read_curves([published], None, None)) == tidy(read_curves([run], None, None))
     assert str(tmp_path) not in (published / "config.json").read_text()
-    assert [path.name for path in published.glob("*.pyT")] == ["skinnyprime_2.pyT"] * (seed == 0)
+    expected = [tied.checkpoint(1), *([cnn.checkpoint(1), cnn.checkpoint(2)] if seed == 0 else [])]
+    assert {path.name for path in published.rglob("*.pyT")} == {path.name for path in expected}
