@@ -199,20 +199,21 @@ def measure(steps: dict[str, Callable], rounds: int, slow_rounds: int, device: t
     return results
 
 
-def print_table(steps: dict, notes: dict[str, str], results: list[dict[str, float]]) -> None:
-    print(f"| one step, batch {BATCH} | ms | min .. max | times the floor | min .. max | times ours | memory |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, note in notes.items():
-        if name not in steps:
-            print(f"| {name} | {note} | | | | | |")
-            continue
+def print_table(notes: dict[str, str], results: list[dict[str, float]], cuda: bool) -> None:
+    """Ratios; on CUDA also times, which on the CPUs of a shared machine mean little."""
+    print(f"| one step, batch {BATCH} | times the floor | min .. max | times ours | memory |{' ms | |' * cuda}")
+    print(f"|{' --- |' * (7 if cuda else 5)}")
+    floors = {"arithmetic": "floor: arithmetic at the rate of a matrix product", "traffic": "floor: bytes of the eLCN"}
+    for name in [*notes, *floors]:
         there, ours = [r for r in results if name in r], name.split(":")[0] + OURS
-        ratios = [r[name] / max(r["arithmetic"], r["traffic"]) for r in there]
+        if not there:
+            print(f"| {name} | {notes[name]} | | | |{' | |' * cuda}")
+            continue
         to_ours = [r[name] / r[ours] for r in there if ours in r]
         times_ours = f"{statistics.median(to_ours):.3g}" if to_ours else ""
-        print(f"| {name} | {spread([1e3 * r[name] for r in there])} | {spread(ratios)} | {times_ours} | {note} |")
-    for key, text in (("arithmetic", "arithmetic at the rate of a matrix product"), ("traffic", "bytes of the eLCN")):
-        print(f"| floor: {text} | {spread([1e3 * r[key] for r in results])} | | | | |")
+        ratios = spread([r[name] / max(r["arithmetic"], r["traffic"]) for r in there])
+        times = f" {spread([1e3 * r[name] for r in there])} |" * cuda
+        print(f"| {floors.get(name, name)} | {ratios} | {times_ours} | {notes.get(name, '')} |{times}")
     rate, bandwidth = (statistics.median(r[key] for r in results) / 1e9 for key in ("rate", "bandwidth"))
     print(f"\nThe matrix product runs at {rate:.0f} GFLOP/s, the copy at {bandwidth:.1f} GB/s.")
 
@@ -228,7 +229,7 @@ def main() -> None:
     device = pick_device(args.device)
     print(machine(device), flush=True)
     steps, notes = prepare(args.skip, device, args.precision)
-    print_table(steps, notes, measure(steps, args.rounds, args.slow_rounds, device))
+    print_table(notes, measure(steps, args.rounds, args.slow_rounds, device), device.type == "cuda")
 
 
 if __name__ == "__main__":
