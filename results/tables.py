@@ -141,19 +141,20 @@ def against_controls(networks: Networks) -> None:
 
 
 def against_cnn(networks: Networks) -> None:
-    """Each eLCN at its last evaluation, and the CNN where its train loss first was the same."""
-    rows = []
+    """Each eLCN after some epochs of its own, and the CNN where its train loss first was the same."""
+    rows, cnns = [], networks.get(("", 0), {})
     for conversion, split in sorted(networks, key=lambda network: network[1]):
-        pairs, cnns = [], networks.get(("", 0), {})
-        for seed, elcn in networks[conversion, split].items() if conversion == "lc" else ():
-            end = at_epoch(elcn, elcn["checkpoints"][-1])
-            if seed in cnns and (same := at_loss(cnns[seed], end["train_loss"])):
-                pairs.append((same, end))
-        if pairs:
-            rows.append([str(split), *(", ".join(f"{of['checkpoints']:.0f}" for of in side) for side in zip(*pairs))])
-            rows[-1] += [str(len(pairs)), *compared(pairs)]
+        for epoch in OWN_EPOCHS[2:] if conversion == "lc" else ():
+            pairs = []
+            for seed, elcn in networks[conversion, split].items():
+                end = at_epoch(elcn, epoch)
+                if end and seed in cnns and (same := at_loss(cnns[seed], end["train_loss"])):
+                    pairs.append((same, end))
+            if pairs:
+                nearest = ", ".join(f"{same['checkpoints']:.0f}" for same, _ in pairs)
+                rows.append([str(split), nearest, str(epoch), str(len(pairs)), *compared(pairs)])
     columns = ["from", "CNN's epochs, or nearest", "eLCN's own epochs", "seeds", *titles(COMPARED)]
-    print_table("CNN, eLCN, difference, at the train loss of the eLCN's end", columns, rows)
+    print_table("CNN, eLCN, difference, at the eLCN's train loss", columns, rows)
 
 
 def compared(pairs: list[tuple[Values, Values]]) -> list[str]:
