@@ -30,11 +30,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Transform
 
 from models import load_network
 from rnorm.devices import set_precision
@@ -205,7 +207,9 @@ def x_of(curve: Curve, since: int | None) -> np.ndarray:
 
 def set_axes(column: np.ndarray, panel: str) -> None:
     """The label and the common range of the panels of one quantity, once its lines are drawn; notes within."""
-    column[0].set_ylim(range_of([line for ax in column for line in ax.lines]))
+    drawn = [finite_of(line) for ax in column for line in ax.lines]
+    drawn += [edge for ax in column for band in ax.collections for edge in edges_of(band)]
+    column[0].set_ylim(range_of(drawn, column[0].xaxis.get_transform()))
     for ax in column:
         ax.set_ylabel(LABELS.get(panel, textwrap.fill(panel.replace("_", " "), 22)))
         if any(finite_of(line).size for line in ax.lines):
@@ -221,16 +225,21 @@ def finite_of(line: Line2D) -> np.ndarray:
     return points[:, np.isfinite(points).all(0)]
 
 
-def range_of(lines: list[Line2D]) -> tuple[float, float]:
-    """The range of what most of each line holds, and its end.
+def edges_of(band: PolyCollection) -> list[np.ndarray]:
+    """The lower and the upper edge of a band, (2, points) each."""
+    x, y = np.concatenate([np.empty((0, 2)), *(path.vertices for path in band.get_paths())]).T
+    return [np.array([(value, edge(y[x == value])) for value in np.unique(x)]).reshape(-1, 2).T for edge in (min, max)]
+
+
+def range_of(lines: list[np.ndarray], along: Transform) -> tuple[float, float]:
+    """The range of what most of each line holds, and its end; lines are (2, points), `along` the scale of their axis.
 
     A few first epochs, or a jump of the loss, count only where they widen the range by little.
     """
     core, whole = [], []
-    for line in lines:
-        x, y = finite_of(line)
+    for x, y in lines:
         if len(x):
-            x = line.axes.xaxis.get_transform().transform(x)
+            x = along.transform(x)
             even = np.interp(np.linspace(x[0], x[-1], 300), x, y)  # by length along the axis
             core += [*np.quantile(even, (0.06, 0.94)), y[-1]]
             whole += [*y]

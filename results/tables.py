@@ -23,6 +23,7 @@ SHOWN = {"train_acc": 2, "test_acc": 2, NORM: 3}  # quantities, and digits after
 COMPARED = {"train_loss": 3} | SHOWN | {"log_prod_norm": 2, "margin": 2, "multiclass_margin": 2}
 TITLES = {"train_acc": "train accuracy", "test_acc": "test accuracy", NORM: "norm", "margin": "published margin"}
 OWN_EPOCHS = (1, 10, 30, 67, 150)
+CNN_EPOCHS = (1, 9, 28, 29, 67, 85, 150)
 
 Networks = dict[tuple[str, int], dict[int, Values]]  # conversion and split to seed to evaluations
 
@@ -47,8 +48,9 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def spread(values: Iterable[float], digits: int, sign: str = "") -> str:
     """Mean and sample standard deviation, of which a single value has none."""
     values = list(values)
-    mean = number(np.mean(values), f"{sign}.{digits}f")
-    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
+    if len(values) < 2 or not np.isfinite(values).all():
+        return number(np.mean(values), f"{sign}.{digits}f")
+    return f"{np.mean(values):{sign}.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def name_of(conversion: str) -> str:
@@ -102,15 +104,15 @@ def paper_against_here(networks: Networks) -> None:
 
 
 def at_equal_epochs(networks: Networks) -> None:
-    """Every converted network after some epochs of its own, over the seeds that have come so far."""
+    """Every network after some epochs of its own, over the seeds that have come so far."""
     columns = ["from", "network", "own epochs", "seeds", *titles(SHOWN), "norm, multiclass margin", "untied"]
     rows = []
     for (conversion, split), seeds in sorted(networks.items(), key=lambda item: item[0][1]):
         last = max(int(values["checkpoints"][-1]) for values in seeds.values())
-        for epoch in sorted({0, *OWN_EPOCHS, last}) if conversion else ():
+        for epoch in sorted({0, *OWN_EPOCHS, last}) if conversion else CNN_EPOCHS:
             found = [evaluation for values in seeds.values() if (evaluation := at_epoch(values, epoch))]
             if found:
-                row = [str(split), name_of(conversion), str(epoch), str(len(found))]
+                row = [str(split) if conversion else "", name_of(conversion), str(epoch), str(len(found))]
                 row += [spread((of[key] for of in found), digits) for key, digits in SHOWN.items()]
                 row.append(spread((with_margin(of, "multiclass")[NORM] for of in found), 3))
                 rows.append([*row, f"{spread((100 * of['untied'] for of in found), 1)} %"])

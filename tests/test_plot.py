@@ -159,6 +159,8 @@ def test_seeds_become_mean_and_band_and_learning_rates_rows_with_common_axes(tmp
     assert lines_of(fig.axes[2])["CNN"].get_ydata() == pytest.approx(np.array(history(range(5), seed=1)["test_acc"]))
     band = fig.axes[2].collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == pytest.approx(48 + 2 - 2) and band.max() == pytest.approx(48 + 4 + 2 + 2)
+    low, high = fig.axes[2].get_ylim()
+    assert low < band.min() and band.max() < high
     assert plot.BAND in legend_of(fig)
 
 
