@@ -17,6 +17,7 @@ progress is plotted as far as it is, seeds as far as all have come.
 import argparse
 import functools
 import math
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -69,22 +70,22 @@ def styles_of(curves: list[Curve]) -> tuple[dict[tuple[str, int], dict], ScalarM
     """Colour and dashes of each conversion and split, and the scale of the colours if they mean splits.
 
     The CNN is black. The others have the colour of their split, and dashes for their conversion; if there is only one
-    split, a colour for each conversion, the same in every figure for those of NAMES.
+    split, a colour for each conversion, the same in every figure for those of NAMES, and tied5 that of lc5, dashed.
     """
     found = {(curve.member.conversion, curve.member.split) for curve in curves if not curve.member.is_cnn}
     names, splits = {name for name, _ in found}, sorted({split for _, split in found})
-    order, scale = [*NAMES, *sorted(names - {*NAMES})], None
+    scale, order = None, [name for name in [*NAMES, *sorted(names - {*NAMES})] if name in names]
+    controlled = {name: re.sub(r"^tied(?=\d)", "lc", name) for name in names}
+    colours = [*NAMES, *sorted({*controlled.values()} - {*NAMES})]
     if len(splits) > 1:
-        order = [name for name in order if name in names]
         scale = ScalarMappable(LogNorm(max(splits[0], 0.5), splits[-1]), BY_SPLIT)  # split 0 has no logarithm
     styles = {("", 0): {"color": "black", "ls": "-"}}
     for name, split in found:
-        dashes = order.index(name)
         if scale:
-            colour = scale.to_rgba(max(split, 0.5))
+            colour, dashes = scale.to_rgba(max(split, 0.5)), order.index(name)
         else:
-            dashes, i = divmod(dashes, len(BY_CONVERSION))
-            colour = BY_CONVERSION[i]
+            again, i = divmod(colours.index(controlled[name]), len(BY_CONVERSION))
+            colour, dashes = BY_CONVERSION[i], 2 * again + (controlled[name] != name)
         styles[name, split] = {"color": colour, "ls": (0, (5, 2, *(1, 2) * (dashes - 1))) if dashes else "-"}
     return styles, scale
 

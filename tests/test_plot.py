@@ -91,16 +91,17 @@ def test_the_published_panels_show_what_was_recorded_on_the_axis_of_the_cnn(run)
 @pytest.mark.parametrize("splits", [None, [2]])
 def test_however_many_conversions_no_two_look_the_same_and_four_lines_at_most_are_below(tmp_path, splits):
     odd = r"odd$\frac$"  # the name of a directory need not be valid mathtext
-    run = make_run(tmp_path, conversions=("lc", "tied", "cnn", odd, *(f"lc{i}" for i in range(14))))
+    run = make_run(tmp_path, conversions=("lc", "tied", "cnn", odd, "tied5", *(f"lc{i}" for i in range(14))))
     fig = figure(run, splits=splits)
     looks = {str((line._dash_pattern, line.get_color())) for line in fig.legends[0].get_lines()}
-    assert len(looks) == 19 and {odd, "CNN", "eLCN", "tied, eLCN's steps", "CNN at lc_lr"} < {*legend_of(fig)}
+    assert len(looks) == 20 and {odd, "CNN", "eLCN", "tied, eLCN's steps", "CNN at lc_lr"} < {*legend_of(fig)}
     assert fig.legends[0].get_window_extent().height < 4 * plot.LINE * fig.dpi
     if splits:  # a colour for each conversion, the same in other figures
         assert bar_of(fig) is None and fig.get_suptitle() == "cifar10, split at epoch 2, published margin"
         alone = figure(run, splits=[2], conversions=["cnn"])
         colours = [lines_of(of.axes[0])["cnn from 2"].get_color() for of in (fig, alone)]
         assert colours[0] == colours[1] not in ("grey", lines_of(fig.axes[0])["tied from 2"].get_color())
+        assert len({lines_of(fig.axes[0])[f"{name} from 2"].get_color() for name in ("lc5", "tied5")}) == 1
 
 
 MANY = {"cnn_lr": 0.1, "lc_lr": 0.5, "data_size": 1000, "batch_size": 77, "shuffle": True, "momentum": 0.9,
