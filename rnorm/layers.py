@@ -360,7 +360,7 @@ class Patches:
 
     @staticmethod
     def forward(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, g: Geometry) -> Tensor:
-        """Fill out (H_out, W_out, N, C_out); returns the patches (H_out, W_out, N, k_h k_w C_in) or (H, ..., k_w C_in)."""
+        """Fill out (H_out, W_out, N, C_out); returns patches, (H_out, W_out, N, k_h k_w C_in) or (H, ..., k_w C_in)."""
         if g.kernel[0] == 1 or g.stride[0] > 1 or on_cpu(x) or len(x) * weight[..., 0].numel() < LARGE:
             seen = g.patches(x)
         else:
