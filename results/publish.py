@@ -2,9 +2,9 @@
 
     python results/publish.py RUN ...
 
-Takes every history and config.json without the path of the data. With a copy of the run anyone can go on: it has, of
-seed 0, the CNN's checkpoints at its split epochs, and of networks that are not complete the last one, 0.6 MB each; an
-unfinished eLCN, of 31 MB, starts again at its split.
+Takes every history and config.json without the path of the data. With a copy of the run anyone can go on: it has the
+CNN's checkpoints at the splits that networks were converted at, of seed 0 at all, and of networks that are not complete
+the last one, 0.6 MB each. An unfinished eLCN, of 31 MB, starts again at its split.
 """
 
 import argparse
@@ -27,9 +27,10 @@ def publish(run: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     write_config(target, settings, {key: config[key] for key in config if key not in ("settings", "dataset_file")})
-    cnn = Member(run, settings)
-    files = [cnn.checkpoint(epoch) for epoch in settings.split_epochs] if settings.seed == 0 else []
-    for member in (cnn, *converted_members(run, settings)):
+    cnn, converted = Member(run, settings), converted_members(run, settings)
+    splits = settings.split_epochs if settings.seed == 0 else [member.split for member in converted]
+    files = [cnn.checkpoint(split) for split in splits]
+    for member in (cnn, *converted):
         files.append(member.history_file)
         history = recorded(member)
         if history and not has_ended(history, member):
