@@ -31,7 +31,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import PolyCollection
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -74,7 +73,7 @@ def styles_of(curves: list[Curve]) -> tuple[dict[tuple[str, int], dict], ScalarM
     """
     found = {(curve.member.conversion, curve.member.split) for curve in curves if not curve.member.is_cnn}
     names, splits = {name for name, _ in found}, sorted({split for _, split in found})
-    scale, order = None, [name for name in [*NAMES, *sorted(names - {*NAMES})] if name in names]
+    scale, order = None, sorted(names, key=lambda name: ([*NAMES, name].index(name), name))
     controlled = {name: re.sub(r"^tied(?=\d)", "lc", name) for name in names}
     colours = [*NAMES, *sorted({*controlled.values()} - {*NAMES})]
     if len(splits) > 1:
@@ -116,10 +115,11 @@ def draw(
     for column, panel in zip(axes.T, panels):
         comparable = margin == "published" or panel not in NORMALIZED
         points = [of for of in reference if comparable and of.member.label in labels and panel in of.mean]
+        edges = []
         for ax, group in zip(column, groups):
             curves = [curve for curve in group if panel in curve.mean]
-            draw_lines(ax, curves, points, panel, styles, splits[0] if own_epochs else None)
-        set_axes(column, panel)
+            edges += draw_lines(ax, curves, points, panel, styles, splits[0] if own_epochs else None)
+        set_axes(column, panel, edges)
         column[-1].set_xlabel("epochs since the split" if own_epochs else "epochs")
     if scale:
         add_bar(axes[0, -1], splits, scale)
@@ -175,11 +175,14 @@ def add_bar(ax: Axes, splits: list[int], scale: ScalarMappable) -> None:
     bar.set_ticks([max(split, 0.5) for split in labelled], labels=labelled)
 
 
-def draw_lines(ax: Axes, curves: list[Curve], points: list[Curve], panel: str, styles: dict, since: int | None) -> None:
+def draw_lines(
+    ax: Axes, curves: list[Curve], points: list[Curve], panel: str, styles: dict, since: int | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """One quantity: a line for each network, a band for its seeds, a cross if it diverged; rings, if published.
 
-    `since` is the split at which the CNN's epochs begin to count, if all count from the split.
+    `since` is the split at which the CNN's epochs begin to count, if all count from it. Returns the edges of bands.
     """
+    edges = []
     for curve in curves:
         member, style = curve.member, styles[curve.member.conversion, curve.member.split]
         x, values = x_of(curve, since), curve.mean[panel]
@@ -190,12 +193,14 @@ def draw_lines(ax: Axes, curves: list[Curve], points: list[Curve], panel: str, s
         if curve.std:
             low, high = y - curve.std[panel], y + curve.std[panel]
             ax.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0, label=BAND)
+            edges += [(x, low), (x, high)]
         if curve.diverged:
             ax.plot(x[-1:], y[-1:], label="diverged", gid=member.label, color=style["color"], **CROSS)
     for curve in points:
         colour = styles[curve.member.conversion, curve.member.split]["color"]
         x, y = x_of(curve, since), curve.mean[panel]
         ax.plot(x, y, label="published", gid=curve.member.label, color=colour, **RING)
+    return edges
 
 
 def x_of(curve: Curve, since: int | None) -> np.ndarray:
@@ -206,30 +211,23 @@ def x_of(curve: Curve, since: int | None) -> np.ndarray:
     return np.where(epochs < 0, np.nan, epochs)
 
 
-def set_axes(column: np.ndarray, panel: str) -> None:
+def set_axes(column: np.ndarray, panel: str, edges: list[tuple[np.ndarray, np.ndarray]]) -> None:
     """The label and the common range of the panels of one quantity, once its lines are drawn; notes within."""
-    drawn = [finite_of(line) for ax in column for line in ax.lines]
-    drawn += [edge for ax in column for band in ax.collections for edge in edges_of(band)]
-    column[0].set_ylim(range_of(drawn, column[0].xaxis.get_transform()))
+    drawn = [*(line.get_data() for ax in column for line in ax.lines), *edges]
+    column[0].set_ylim(range_of(list(map(finite_of, drawn)), column[0].xaxis.get_transform()))
     for ax in column:
         ax.set_ylabel(LABELS.get(panel, textwrap.fill(panel.replace("_", " "), 22)))
-        if any(finite_of(line).size for line in ax.lines):
+        if any(finite_of(line.get_data()).size for line in ax.lines):
             mark_outside(ax)
         else:
             reason = "undefined: no margin\nis positive" if panel in NORMALIZED else "no finite value"
             ax.text(0.5, 0.5, reason, ha="center", va="center", transform=ax.transAxes)
 
 
-def finite_of(line: Line2D) -> np.ndarray:
-    """The points of a line that can be seen, (2, points)."""
-    points = np.array(line.get_data())
+def finite_of(line: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """The points (x, y) of a line that can be seen, (2, points)."""
+    points = np.array(line)
     return points[:, np.isfinite(points).all(0)]
-
-
-def edges_of(band: PolyCollection) -> list[np.ndarray]:
-    """The lower and the upper edge of a band, (2, points) each."""
-    x, y = np.concatenate([np.empty((0, 2)), *(path.vertices for path in band.get_paths())]).T
-    return [np.array([(value, edge(y[x == value])) for value in np.unique(x)]).reshape(-1, 2).T for edge in (min, max)]
 
 
 def range_of(lines: list[np.ndarray], along: Transform) -> tuple[float, float]:
@@ -257,7 +255,7 @@ def range_of(lines: list[np.ndarray], along: Transform) -> tuple[float, float]:
 def mark_outside(ax: Axes) -> None:
     """An arrow with the value where a curve is furthest above the panel, and below."""
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
-    points = [(y, x, line.get_color()) for line in ax.lines for x, y in finite_of(line).T]
+    points = [(y, x, line.get_color()) for line in ax.lines for x, y in finite_of(line.get_data()).T]
     for y, x, colour in (max(points, key=lambda point: point[0]), min(points, key=lambda point: point[0])):
         if low <= y <= high:
             continue

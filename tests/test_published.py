@@ -79,7 +79,7 @@ def test_a_published_run_holds_all_histories_what_it_can_go_on_from_and_nothing_
             shutil.rmtree(member.directory)
     for member in (cnn, elcn, tied):
         for epoch in (1, 2, 3):
-            member.checkpoint(epoch).write_bytes(bytes(31 * 10**6 if member == elcn else 1))
+            member.checkpoint(epoch).write_bytes(bytes(publish.LARGE if member == elcn else 1))
     monkeypatch.setattr(publish, "PUBLISHED", tmp_path / "published")
     publish.publish(run)
     published = tmp_path / "published" / run.name
