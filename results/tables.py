@@ -19,8 +19,8 @@ from rnorm.results import Values, average, number, read_curves, read_reference, 
 
 HERE = Path(__file__).parent
 NORM = "log_prod_norm_normalized"
-SHOWN = {"train_acc": 2, "test_acc": 2, NORM: 3}  # quantities, and digits after the point
-COMPARED = {"train_loss": 3} | SHOWN | {"log_prod_norm": 2, "margin": 2, "multiclass_margin": 2}
+SHOWN = {"train_loss": 3, "train_acc": 2, "test_acc": 2, NORM: 3}  # quantities, and digits after the point
+COMPARED = SHOWN | {"log_prod_norm": 2, "margin": 2, "multiclass_margin": 2}
 TITLES = {"train_acc": "train accuracy", "test_acc": "test accuracy", NORM: "norm", "margin": "published margin"}
 OWN_EPOCHS = (1, 10, 30, 67, 150)
 CNN_EPOCHS = (1, 9, 28, 29, 67, 85, 150)
