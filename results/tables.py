@@ -81,6 +81,16 @@ def at_loss(values: Values, level: float) -> Values | None:
     return between | {"train_loss": level, "checkpoints": values["checkpoints"][i if share > 0.5 else i - 1]}
 
 
+def paired(one: dict[int, Values], other: dict[int, Values], epoch: int, equal: str) -> list[tuple[Values, Values]]:
+    """Of each seed `one` after `epoch` own epochs, and `other` at equal "epochs" or "train loss", if both have that."""
+    pairs = []
+    for seed in sorted(one.keys() & other.keys()):
+        if a := at_epoch(one[seed], epoch):
+            b = at_epoch(other[seed], epoch) if equal == "epochs" else at_loss(other[seed], a["train_loss"])
+            pairs += [(a, b)] if b else []
+    return pairs
+
+
 def paper_against_here(networks: Networks) -> None:
     """Seed 0, as the paper's, over the epochs that both have."""
     columns, rows = ["network", "epochs that both have"], []
@@ -126,18 +136,10 @@ def against_controls(networks: Networks) -> None:
         for control in (conversion.replace("lc", "tied"), "cnn") if conversion.startswith("lc") else ():
             controls, untied = networks.get((control, split), {}), networks[conversion, split]
             for epoch, how in ((epoch, how) for epoch in OWN_EPOCHS[1:] for how in ("epochs", "train loss")):
-                pairs = []
-                for seed in sorted(controls.keys() & untied.keys()):
-                    a, b = at_epoch(controls[seed], epoch), at_epoch(untied[seed], epoch)
-                    if a and how == "train loss":
-                        b = at_loss(untied[seed], a["train_loss"])
-                    if a and b:
-                        pairs.append((a, b))
-                if not pairs:
-                    continue
-                nearest = ", ".join(f"{b['checkpoints']:.0f}" for _, b in pairs)
-                row = [str(split), name_of(control), name_of(conversion), how, str(epoch), nearest, str(len(pairs))]
-                rows.append(row + compared(pairs))
+                if pairs := paired(controls, untied, epoch, how):
+                    nearest = ", ".join(f"{b['checkpoints']:.0f}" for _, b in pairs)
+                    row = [str(split), name_of(control), name_of(conversion), how, str(epoch), nearest]
+                    rows.append([*row, str(len(pairs)), *compared(pairs)])
     columns = ["from", "control", "untied", "equal", "control's epochs", "untied's, or nearest", "seeds"]
     print_table("Control, untied, difference", [*columns, *titles(COMPARED)], rows)
 
@@ -147,14 +149,10 @@ def against_cnn(networks: Networks) -> None:
     rows, cnns = [], networks.get(("", 0), {})
     for conversion, split in sorted(networks, key=lambda network: network[1]):
         for epoch in OWN_EPOCHS[2:] if conversion == "lc" else ():
-            pairs = []
-            for seed, elcn in networks[conversion, split].items():
-                end = at_epoch(elcn, epoch)
-                if end and seed in cnns and (same := at_loss(cnns[seed], end["train_loss"])):
-                    pairs.append((same, end))
-            if pairs:
-                nearest = ", ".join(f"{same['checkpoints']:.0f}" for same, _ in pairs)
-                rows.append([str(split), nearest, str(epoch), str(len(pairs)), *compared(pairs)])
+            if pairs := paired(networks[conversion, split], cnns, epoch, "train loss"):
+                nearest = ", ".join(f"{cnn['checkpoints']:.0f}" for _, cnn in pairs)
+                row = [str(split), nearest, str(epoch), str(len(pairs))]
+                rows.append(row + compared([(cnn, elcn) for elcn, cnn in pairs]))
     columns = ["from", "CNN's epochs, or nearest", "eLCN's own epochs", "seeds", *titles(COMPARED)]
     print_table("CNN, eLCN, difference, at the eLCN's train loss", columns, rows)
 
