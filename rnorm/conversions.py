@@ -4,6 +4,7 @@
     fc      the equivalent fully connected network (eFCN): every convolution a matrix
     tied    control: the CNN, with the steps of an eLCN confined to the tied subspace
     cnn     control: the CNN, trained on at the eLCN's learning rate
+    head    control: the CNN with its convolutions frozen, its last layer trained at the eLCN's learning rate
 
 `lc` and `tied` take indices of layers: `lc5` unties the convolution with that index alone, `lc1+9` those two, and
 `tied5`, `tied1+9` are their controls.
@@ -154,6 +155,14 @@ def keep_tied(cnn: nn.Module, image_shape: tuple[int, ...], only: set[int] | Non
     return copy.deepcopy(cnn)
 
 
+def freeze_all_but_last(cnn: nn.Module, image_shape: tuple[int, ...]) -> nn.Module:
+    """A copy of the CNN of which only the last layer's parameters are trained."""
+    cnn = copy.deepcopy(cnn).requires_grad_(False)
+    last = [layer for layer in cnn.net if len([*layer.parameters()])][-1]
+    last.requires_grad_(True)
+    return cnn
+
+
 @dataclass(frozen=True)
 class Conversion:
     """How a CNN is converted, and how the result is trained.
@@ -174,6 +183,7 @@ CONVERSIONS = {
     "fc": Conversion(lambda cnn, image_shape: fully_connect(cnn.net, image_shape), keep="last"),
     "tied": Conversion(keep_tied, tied_rate, by_layer=True),
     "cnn": Conversion(keep_tied),
+    "head": Conversion(freeze_all_but_last),
 }
 
 

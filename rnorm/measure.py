@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnorm.cli import check_signals
-from rnorm.layers import LocallyConnected2d, layer_shapes
+from rnorm.layers import Geometry, LocallyConnected2d, layer_shapes, pair, unfolded
 
 if TYPE_CHECKING:  # what reads histories needs KEYS, but no images
     from rnorm.data import Data
@@ -20,8 +20,8 @@ EVALUATION_BATCH = 500  # images per forward pass; no result depends on it beyon
 
 KEYS = (
     "checkpoints", "train_loss", "train_acc", "test_loss", "test_acc", "margin", "multiclass_margin",
-    "multiclass_margin_train", "multiclass_margin_train_min", "norm", "log_prod_norm", "norm_margin_normalized",
-    "log_prod_norm_normalized", "untied",
+    "multiclass_margin_train", "multiclass_margin_train_min", "multiclass_margin_train_p10", "norm", "log_prod_norm",
+    "norm_margin_normalized", "log_prod_norm_normalized", "log_prod_spectral", "log_path1", "log_path2", "untied",
 )  # fmt: skip
 """The keys of every history. `untied_<layer>` follow, one for each convolution, by its index in the network.
 
@@ -66,14 +66,16 @@ def training_flop(net: nn.Sequential, image_shape: tuple[int, ...]) -> int:
 
 
 def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:
-    """`norm`, `log_prod_norm` and the `untied` keys of a network, and `nonlocal` of an eFCN; biases do not count."""
-    norm = log_prod_norm = 0.0
+    """All norms of a network's weights, the `untied` keys, and `nonlocal` of an eFCN; biases do not count."""
+    norm = log_prod_norm = log_prod_spectral = 0.0
+    shapes = layer_shapes(net, image_shape)
     deviation, total, outside, untied = 0.0, 0.0, 0.0, {}
     fully_connected = False
     for i, layer, count in weighted_layers(net, image_shape):
         squared = count * _squared(layer.weight)
         norm += squared
         log_prod_norm += 0.5 * math.log(squared) if squared > 0 else -math.inf
+        log_prod_spectral += math.log(operator_norm(layer, shapes[i])) if squared > 0 else -math.inf
         if isinstance(layer, nn.Conv2d):
             untied[f"untied_{i}"] = 0.0
             continue
@@ -93,7 +95,71 @@ def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:
         untied[f"untied_{i}"] = _root_ratio(away, squared)
     if fully_connected:
         untied["nonlocal"] = outside / total if total > 0 else 0.0
-    return {"norm": norm, "log_prod_norm": log_prod_norm, "untied": _root_ratio(deviation, total), **untied}
+    return {
+        "norm": norm, "log_prod_norm": log_prod_norm, "log_prod_spectral": log_prod_spectral,
+        "log_path1": path_norm(net, image_shape, 1), "log_path2": path_norm(net, image_shape, 2),
+        "untied": _root_ratio(deviation, total), **untied,
+    }  # fmt: skip
+
+
+def apply_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What `layer` computes of x (N, ...) with `weight` in the place of its own and without its bias."""
+    if isinstance(layer, nn.Conv2d):
+        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    if isinstance(layer, LocallyConnected2d):
+        geometry = Geometry(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.output_size)
+        return unfolded(x, weight, None, geometry)
+    return F.linear(x, weight)
+
+
+def operator_norm(layer: nn.Module, input_shape: tuple[int, ...]) -> float:
+    """The largest singular value of a layer without its bias, as a linear map on inputs (*input_shape).
+
+    By power iteration, of eight vectors at once, until it changes by less than a part in 10^6. NaN for a weight that is
+    not finite. Used as in Bartlett, Foster, Telgarsky (2017), arXiv:1706.08498.
+    """
+    weight = layer.weight.detach()
+    if not weight.isfinite().all():
+        return math.nan
+    generator, size = torch.Generator().manual_seed(0), math.prod(input_shape)
+    vectors = torch.randn(size, min(8, size), generator=generator, dtype=torch.float64).to(weight)
+    norm, before = 0.0, math.inf
+    while abs(norm - before) > 1e-6 * norm:
+        x = torch.linalg.qr(vectors).Q.T.reshape(-1, *input_shape).requires_grad_()
+        with torch.enable_grad():
+            y = apply_weight(layer, x, weight)
+        vectors = torch.autograd.grad(y, x, y.detach())[0].flatten(1).T  # of the layer's transpose
+        norm, before = torch.linalg.matrix_norm(y.detach().flatten(1), 2).item(), norm
+    return norm
+
+
+def path_norm(net: nn.Sequential, image_shape: tuple[int, ...], power: int) -> float:
+    """ln of the sum over all paths from a pixel to a logit of |product of the weights|^power, divided by `power`.
+
+    One forward pass in float64, of the weights' absolute values to that power on an image of ones. Biases are left out;
+    max pooling counts as the sum over its window. Source: arXiv:2310.01225, after Neyshabur et al. (2015),
+    arXiv:1503.00036.
+    """
+    x = torch.ones(1, *image_shape, dtype=torch.float64, device=next(net.parameters()).device)
+    with torch.no_grad():
+        for layer, shape in zip(net, layer_shapes(net, image_shape)[1:]):
+            if isinstance(getattr(layer, "weight", None), Tensor):
+                x = apply_weight(layer, x, layer.weight.double().abs().pow(power))
+            elif isinstance(layer, nn.MaxPool2d):
+                settings = map(pair, (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
+                geometry = Geometry(*settings, shape[1:])
+                ones = x.new_ones(len(x[0]), 1, *geometry.kernel)
+                x = F.conv2d(geometry.pad(x), ones, None, geometry.stride, 0, geometry.dilation, len(ones))
+            elif isinstance(layer, nn.AvgPool2d):
+                x = layer(x) / (layer.divisor_override or math.prod(pair(layer.kernel_size))) ** (power - 1)
+            elif isinstance(layer, (nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)):
+                window = math.prod(x.shape[2:]) // math.prod(shape[1:])
+                x = F.adaptive_avg_pool2d(x, shape[1:])
+                x = x * window if isinstance(layer, nn.AdaptiveMaxPool2d) else x / window ** (power - 1)
+            elif isinstance(layer, (nn.ZeroPad2d, nn.Flatten, nn.Unflatten)):
+                x = layer(x)
+        total = x.sum().item()
+    return math.log(total) / power if total > 0 else -math.inf
 
 
 def _squared(weight: Tensor) -> float:
@@ -138,6 +204,7 @@ def evaluate(net: nn.Sequential, fast: nn.Module, data: "Data") -> dict[str, flo
     train_margins = multiclass_margins(logits["train"], data.y_train).double()
     values["multiclass_margin_train"] = train_margins.mean().item()
     values["multiclass_margin_train_min"] = train_margins.min().item()
+    values["multiclass_margin_train_p10"] = train_margins.quantile(0.1).item()  # as in arXiv:1912.02178
     weight_norms = norms(net, data.image_shape)
     margin = values["margin"] if values["margin"] > 0 else math.nan
     values["norm"], values["log_prod_norm"] = weight_norms.pop("norm"), weight_norms.pop("log_prod_norm")
