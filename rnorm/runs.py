@@ -18,6 +18,7 @@ import numpy as np
 from rnorm.files import RnormError, write_file
 
 ELCN_EVALUATIONS = 20  # at most so many log-spaced epochs at which an eLCN is evaluated
+TITLES = {"": "CNN", "lc": "eLCN", "fc": "eFCN"}  # of conversions that people call otherwise than the files do
 IDENTITY = ("data_sha256", "layers")  # what makes a run what it is, beside its settings
 
 
@@ -110,11 +111,14 @@ class Member:
         return not self.conversion
 
     @property
+    def title(self) -> str:
+        """What people call the conversion: CNN, eLCN, tied, lc5."""
+        return TITLES.get(self.conversion, self.conversion)
+
+    @property
     def label(self) -> str:
         """The network's name for people: CNN, eLCN from 9, tied from 9."""
-        if self.is_cnn:
-            return "CNN"
-        return f"{'eLCN' if self.conversion == 'lc' else self.conversion} from {self.split}"
+        return self.title if self.is_cnn else f"{self.title} from {self.split}"
 
     @property
     def lr(self) -> float:
