@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rnorm.checkpoints import has_ended, recorded
+from rnorm.history import has_ended
 from rnorm.runs import Member, converted_members, read_config, write_config
+from rnorm.store import good_history
 
 PUBLISHED = Path(__file__).parent / "published"
 LARGE = 10**6  # bytes
@@ -32,7 +33,7 @@ def publish(run: Path) -> None:
     files = [cnn.checkpoint(split) for split in splits]
     for member in (cnn, *converted):
         files.append(member.history_file)
-        history = recorded(member)
+        history = good_history(member)
         if history and not has_ended(history, member):
             files.append(member.checkpoint(history["checkpoints"][-1]))
     for file in dict.fromkeys(files):

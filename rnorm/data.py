@@ -27,6 +27,8 @@ class Data:
     y_test: Tensor
     num_classes: int
     sha256: str  # of the whole data set's arrays, before data_size is applied
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -86,6 +86,9 @@ class Lock:
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.file.flush()
 
+    def check(self) -> None:
+        """Raise InUse if the lock file at the path is another by now."""
+
     def __enter__(self) -> "Lock":
         return self
 

@@ -21,10 +21,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         flag = {"default": setting.default, "help": setting.metadata["help"], **setting.metadata["flag"]}
         if isinstance(setting.default, bool):
             flag["action"] = "store_true"
-        elif setting.name == "splits":
-            flag["type"] = int
-        else:
-            flag["type"], flag["help"] = type(setting.default), f"{flag['help']} (default: {setting.default})"
+            del flag["type"]
+        elif setting.default != ():
+            flag["help"] += f" (default: {setting.default})"
             if "choices" not in flag:
                 flag["metavar"] = {int: "N", float: "NUMBER", str: "NAME"}[flag["type"]]
         parser.add_argument(*spellings, dest=setting.name, **flag)
@@ -103,3 +102,8 @@ def member_of(checkpoint: Path) -> Member:
                 if member.directory == directory:
                     return member
     raise Stop(f"{checkpoint} lies in no network's directory of a run of experiments.py")
+
+
+def data_of_settings(args: argparse.Namespace, settings: Settings, device: torch.device) -> Data:
+    """The images that a command line asks for; for a plan only their number and shape, where that is known."""
+    return open_data(args.dataset, args.data_dir, settings, device)
