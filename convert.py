@@ -1,15 +1,14 @@
 """Convert a run's CNN, by default into locally connected networks (eLCNs), and train on from there.
 
     python convert.py RUN [--split 28 ...] [--convert_to lc tied cnn ...]
+    python convert.py RUN --evaluate        train nothing; add new quantities of `evaluate` to the histories of a run
 
 RUN is a directory that experiments.py made; its settings come from RUN/config.json. All of the run's splits are
 converted unless some are named. Several processes may train different networks of one run at once.
 """
 
 import copy
-import functools
 import sys
-import time
 from pathlib import Path
 
 from rnorm.cli import COMPLETE, DIVERGED, Parser, Stop, check_signals, finish, note_signals
@@ -19,19 +18,20 @@ if __name__ == "__main__":
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from models import make_network
 from rnorm.conversions import find_conversion
 from rnorm.data import Data
 from rnorm.devices import describe, set_precision, several_gpus_note
 from rnorm.fast import streamline
-from rnorm.files import RnormError, lock_directory
+from rnorm.files import Damaged, RnormError, lock_directory
 from rnorm.flags import add_training_flags, data_of_run, open_device
-from rnorm.measure import EVALUATION_BATCH, logits_of
-from rnorm.plan import Item
+from rnorm.history import completed
+from rnorm.measure import evaluate, logits_of
 from rnorm.progress import Progress
-from rnorm.runs import Member, Settings, compare_config, environment, read_config, write_config
-from rnorm.store import Store, good_history, past_divergence
+from rnorm.runs import Member, Settings, compare_config, converted_members, environment, read_config, write_config
+from rnorm.store import Store, good_history, load, load_history, load_weights, past_divergence
 from train import SGD, Training, make_step, start_cnn, train, train_epoch
 
 
@@ -136,34 +136,46 @@ def members_to_train(run: Path, settings: Settings, conversions: list[str], spli
     return [Member(run, settings, name, split) for name in dict.fromkeys(conversions) for split in sorted(set(splits))]
 
 
-def plan_items(members: list[Member], data: Data) -> list[Item]:
-    """The networks with their numbers of parameters, and the times of a step and an evaluation of each kind here.
+def evaluate_again(member: Member, data: Data, bar: tqdm) -> None:
+    """Evaluate every checkpoint of a network anew and complete its history with what `evaluate` records today.
 
-    Raises Stop for a conversion that the network does not allow.
+    What was recorded stays, and is compared; where a checkpoint is gone, new quantities are NaN. Written whole, at the
+    end. `bar` is told of every evaluation.
     """
-    cost = functools.cache(lambda conversion: measure_cost(Member(Path(), members[0].settings, conversion), data))
-    return [Item(member, *cost(member.conversion)) for member in members]
-
-
-def measure_cost(member: Member, data: Data) -> tuple[int, float, float]:
-    """(parameters, seconds of a training step, seconds of an evaluation) of a network, from three steps taken here."""
-    training, size = start_cnn(Member(member.run, member.settings), data), member.settings.batch_size
-    if not member.is_cnn:
-        try:
+    cnn = Member(member.run, member.settings)
+    with lock_directory(member.directory) as lock:
+        history, store = load_history(member), Store(member, data, lock)
+        if history is None:
+            return
+        training = start_cnn(cnn, data)
+        if not member.is_cnn:
             training = start_converted(member, training.net, data)
-        except ValueError as error:
-            raise Stop(f"--convert_to {member.conversion}: {error}") from None
-    fast = streamline(training.net, data.image_shape)
-    take_step = make_step(fast, training.sgd, size)
-    x, y = data.x_train[:size].contiguous(), data.y_train[:size].contiguous()
-    start, times = time.perf_counter(), []
-    for _ in range(3):  # the first makes its graph, or finds its memory
-        take_step(x, y).item()  # waits for the device
-        times.append(time.perf_counter())
-    images = len(data.x_train) + len(data.x_test)
-    logits_of(fast, x[:EVALUATION_BATCH])[0, 0].item()
-    evaluation = (time.perf_counter() - times[-1]) * images / len(x[:EVALUATION_BATCH])
-    return sum(p.numel() for p in training.net.parameters()), min(times[2] - times[1], times[2] - start), evaluation
+        net, fast = training.net, streamline(training.net, data.image_shape)
+        measured = {}  # an epoch to what is recorded of it today
+        for epoch in history["checkpoints"]:
+            try:
+                load_weights(net, load(member.checkpoint(epoch)))
+                measured[epoch] = evaluate(net, fast, data)
+            except (FileNotFoundError, Damaged):
+                pass
+            bar.update()
+        history, differing = completed(history, measured)
+        store.write_history(history)
+    bar.clear()
+    gone = len(history["checkpoints"]) - len(measured)
+    print(f"{member.label}: {len(measured)} evaluations measured again" + (f"; {gone} have no checkpoint" * bool(gone)))
+    for key, (count, largest) in differing.items():
+        print(f"  {key} differs at {count}, by up to {largest:.3g}; the old values stay. Record it under another name")
+
+
+def evaluate_run(run: Path, settings: Settings, data: Data) -> int:
+    """`evaluate_again` for every network of a run; returns the exit status."""
+    members = [Member(run, settings), *converted_members(run, settings)]
+    count = sum(len((good_history(member) or {"checkpoints": []})["checkpoints"]) for member in members)
+    with tqdm(total=count, unit="evaluations", disable=None, leave=False) as bar:
+        for member in members:
+            evaluate_again(member, data, bar)
+    return COMPLETE
 
 
 def main(argv: list[str]) -> int:
@@ -173,6 +185,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--split", type=int, nargs="+", metavar="EPOCH", help="split epochs (default: all of the run's)"
     )
+    parser.add_argument(
+        "--evaluate", action="store_true",
+        help="train nothing; evaluate all checkpoints of RUN again, and add to its histories what they lack",
+    )  # fmt: skip
     add_training_flags(parser)
     args = parser.parse_args(argv)
     settings, config = read_config(args.run)
@@ -182,6 +198,8 @@ def main(argv: list[str]) -> int:
     members = members_to_train(args.run, settings, args.convert_to, splits)
     data = data_of_run(args.run, args.data_dir, open_device(args.device))
     begin(args.run, settings, data, config.get("dataset_file"))
+    if args.evaluate:
+        return evaluate_run(args.run, settings, data)
     return convert_run(members, data, args.keep, Progress(members, len(data.x_train)))
 
 

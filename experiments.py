@@ -11,6 +11,7 @@ position its own filter, `sgd_step` (train.py) is the training, `evaluate` (rnor
 """
 
 import sys
+import time
 from pathlib import Path
 
 from rnorm.cli import COMPLETE, DIVERGED, ENVIRONMENT, Parser, Stop, finish, note_signals, writing
@@ -18,15 +19,17 @@ from rnorm.cli import COMPLETE, DIVERGED, ENVIRONMENT, Parser, Stop, finish, not
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
 
-from convert import begin, convert_run, members_to_train, plan_items
+from convert import begin, convert_run, members_to_train, start_converted
 from rnorm.data import Data
+from rnorm.fast import streamline
 from rnorm.files import Lock, lock_directory
 from rnorm.flags import add_settings, add_training_flags, data_of_settings, open_device, settings_of
-from rnorm.plan import disk_space, duration_line, print_plan
+from rnorm.measure import EVALUATION_BATCH, logits_of
+from rnorm.plan import Item, disk_space, duration_line, is_done, print_plan
 from rnorm.progress import Progress
 from rnorm.runs import Member, has_files_of_a_run
 from rnorm.store import Store
-from train import start_cnn, train
+from train import make_step, start_cnn, train
 
 
 def open_run(run: Path) -> Lock:
@@ -42,6 +45,39 @@ def train_cnn(cnn: Member, data: Data, lock: Lock, progress: Progress) -> bool:
     store = Store(cnn, data, lock)
     store.restore(training)
     return train(training, store, data, progress)
+
+
+def plan_items(members: list[Member], data: Data) -> list[Item]:
+    """The networks with their numbers of parameters, and the times of a step and an evaluation of each kind here.
+
+    Raises Stop for a conversion that the network does not allow.
+    """
+    unfinished = {member.conversion for member in members if not is_done(member)}
+    cost = {member.conversion: measure_cost(member, data, member.conversion in unfinished) for member in members[::-1]}
+    return [Item(member, *cost[member.conversion]) for member in members]
+
+
+def measure_cost(member: Member, data: Data, timed: bool) -> tuple[int, float, float]:
+    """(parameters, seconds of a training step, seconds of an evaluation) of a network; 0 seconds if not `timed`."""
+    training, size = start_cnn(Member(member.run, member.settings), data), member.settings.batch_size
+    if not member.is_cnn:
+        try:
+            training = start_converted(member, training.net, data)
+        except ValueError as error:
+            raise Stop(f"--convert_to {member.conversion}: {error}") from None
+    parameters = sum(parameter.numel() for parameter in training.net.parameters())
+    if not timed:
+        return parameters, 0.0, 0.0
+    fast = streamline(training.net, data.image_shape)
+    take_step = make_step(fast, training.sgd, size)
+    x, y = data.x_train[:size].contiguous(), data.y_train[:size].contiguous()
+    times = [time.perf_counter()]
+    for _ in range(3):  # the first makes its graph, or finds its memory
+        take_step(x, y).item()  # waits for the device
+        times.append(time.perf_counter())
+    logits_of(fast, x[:EVALUATION_BATCH])[0, 0].item()
+    images = (len(data.x_train) + len(data.x_test)) / len(x[:EVALUATION_BATCH])
+    return parameters, (times[3] - times[1]) / 2, (time.perf_counter() - times[3]) * images
 
 
 def main(argv: list[str]) -> int:

@@ -29,6 +29,33 @@ def append_divergence(history: History, epoch: int) -> History:
     return append(history, epoch, dict.fromkeys(KEYS[1:], math.nan))
 
 
+def completed(history: History, measured: dict[int, dict[str, float]]) -> tuple[History, dict[str, tuple[int, float]]]:
+    """(the history with what it lacks of `measured`, epochs to quantities; where the two differ beyond rounding).
+
+    What the history has stays. The differences: of each such quantity, at how many epochs and by how much at most.
+    """
+    epochs, whole, differing = history["checkpoints"], dict(history), {}
+    for key in dict.fromkeys(key for values in measured.values() for key in values):
+        new = [measured.get(epoch, {}).get(key, math.nan) for epoch in epochs]
+        old = history.get(key, [math.nan] * len(epochs))
+        whole[key] = [b if math.isnan(a) else a for a, b in zip(old, new)]
+        apart = [abs(a - b) for a, b in zip(old, new) if not math.isnan(a - b) and not is_close(a, b)]
+        if apart:
+            differing[key] = len(apart), max(apart)
+    return whole, differing
+
+
+def is_close(a: float, b: float) -> bool:
+    """Whether two measurements of a quantity agree but for rounding, and for a few images on a boundary."""
+    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3)
+
+
+def by_epoch(history: History) -> dict[int, dict[str, float]]:
+    """A history as epochs to quantities, `checkpoints` left out."""
+    keys = [key for key in history if key != "checkpoints"]
+    return {epoch: {key: history[key][i] for key in keys} for i, epoch in enumerate(history["checkpoints"])}
+
+
 def check_history(history: object, member: Member) -> History:
     """`history`, if it is one of `member`; raises Damaged otherwise.
 

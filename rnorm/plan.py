@@ -15,6 +15,11 @@ from rnorm.store import good_history, past_divergence
 EVALUATION_BYTES = 200  # of one evaluation in a history, which every checkpoint holds up to its own epoch
 
 
+def is_done(member: Member) -> bool:
+    """Whether nothing is left to do for a network, as it is complete, diverged, or cannot be made."""
+    return has_ended(good_history(member), member) or past_divergence(member)
+
+
 @dataclass(frozen=True)
 class Item:
     """One network of the plan."""
@@ -30,7 +35,7 @@ class Item:
 
     @property
     def ended(self) -> bool:
-        return has_ended(good_history(self.member), self.member) or past_divergence(self.member)
+        return is_done(self.member)
 
     def seconds(self, images: int) -> float:
         """What its training still takes, with `images` in an epoch."""
@@ -117,7 +122,8 @@ def print_plan(items: list[Item], images: int, keep: str | None, disks: list[tup
         first = converted[0].member
         print(f"            {first.epochs} epochs each, learning rate {first.lr}; evaluated at their own")
         print(f"            epochs {' '.join(map(str, first.evaluations))}")
-    print(f"time        {duration_line(items, images)}")
+    if state != "complete":
+        print(f"time        {duration_line(items, images)}")
     for directory, needed, free in disks:
         place = "" if len(disks) == 1 else f" at {directory}"
         print(f"disk space  {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free{place}")

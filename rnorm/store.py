@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rnorm.cli import is_out_of_memory
 from rnorm.data import Data
 from rnorm.files import Damaged, Lock, set_aside, write_file
-from rnorm.history import History, check_history, has_diverged, has_ended
+from rnorm.history import History, by_epoch, check_history, completed, has_diverged, has_ended
 from rnorm.layers import LocallyConnected2d
 from rnorm.runs import Member
 
@@ -201,10 +201,14 @@ class Store:
 
         self._write(write)
 
+    def write_history(self, history: History) -> None:
+        """Write the history alone."""
+        self._save(history, self.member.history_file)
+
     def record_divergence(self, training: "Training") -> None:
         """Write the history of a network that diverged; there is no checkpoint of that epoch."""
         self.wait()
-        self._save(training.history, self.member.history_file)
+        self.write_history(training.history)
         self._tidy(training.history)
 
     def _tidy(self, history: History) -> None:
@@ -241,8 +245,10 @@ class Store:
             state = self._read(self.member.latest_file, training)
             if state and (state["epoch"], state["step"]) > (training.epoch, training.step):
                 self._take(state, training)
+            if training.history and history:  # what convert.py --evaluate added since that state was saved
+                training.history, _ = completed(training.history, by_epoch(history))
             if training.history and repr(history) != repr(training.history):  # repr: NaN equals NaN
-                self._save(training.history, self.member.history_file)
+                self.write_history(training.history)
             elif history and not training.history:
                 print(f"{self.member.label}: no checkpoint is left to continue from; it starts over", file=sys.stderr)
         if training.history:
