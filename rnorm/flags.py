@@ -9,7 +9,7 @@ import torch
 from rnorm.cli import ENVIRONMENT, Stop
 from rnorm.conversions import CONVERSIONS
 from rnorm.data import Data, dataset_name, load_data
-from rnorm.devices import pick_device
+from rnorm.devices import describe, pick_device, why_no_cuda
 from rnorm.files import RnormError
 from rnorm.runs import Member, Settings, converted_members, read_config
 
@@ -63,16 +63,21 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--data_dir", type=Path, default=Path("data"), metavar="DIR", help="where the images lie (default: data)"
     )
     parser.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, CUDA if there is one"
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, a GPU if one can be used"
     )
 
 
 def open_device(name: str) -> torch.device:
-    """`devices.pick_device` for a script."""
+    """`devices.pick_device` for a script; prints which it is."""
     try:
-        return pick_device(name)
+        device = pick_device(name)
     except RnormError as error:
         raise Stop(f"--device {name}: {error}; or use --device cpu", ENVIRONMENT) from None
+    line = f"device: {describe(device).get('gpu', 'cpu')}"
+    if name == "auto" and device.type == "cpu":
+        line += f"; no GPU can be used: {why_no_cuda()}"
+    print(line, flush=True)
+    return device
 
 
 def open_data(dataset: str, data_dir: Path, settings: Settings, device: torch.device) -> Data:
