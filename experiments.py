@@ -28,7 +28,7 @@ from rnorm.checkpoints import has_ended, past_divergence, recorded
 from rnorm.conversions import find_conversion
 from rnorm.data import DATASETS, Data, check_data_size
 from rnorm.files import Lock, files_below, lock_directory
-from rnorm.flags import add_settings, add_training_flags, open_data, open_device, settings_of
+from rnorm.flags import add_settings, add_training_flags, normalisation_of_run, open_data, open_device, settings_of
 from rnorm.runs import Member, has_files_of_a_run
 from train import Progress, begin, cnn_track, train, work_of
 
@@ -153,7 +153,9 @@ def main(argv: list[str]) -> int:
         there = f"disk space: {needed / 1e9:.2f} GB needed and {free / 1e9:.2f} GB free for {run}"
         raise Stop(f"{there}; free some, use --keep last, or name another --results_dir", ENVIRONMENT)
 
-    data = open_data(args.dataset, args.data_dir, settings, open_device(args.device))
+    device = open_device(args.device)
+    normalisation = None if args.fresh else normalisation_of_run(run)
+    data = open_data(args.dataset, args.data_dir, settings, device, normalisation)
     with writing(run, "name another --results_dir"):
         lock = open_run(run, args.fresh)
     with lock:

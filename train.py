@@ -78,7 +78,10 @@ def begin(run: Path, settings: Settings, data: Data, dataset_file: str | None) -
     """Write or compare the run's config.json, and set the precision of products."""
     device = data.x_train.device
     layers = [repr(layer) for layer in start_cnn(settings, data).net]
-    config = {"data_sha256": data.sha256, "layers": layers, "dataset_file": dataset_file}
+    normalisation = {"mean": list(data.mean), "std": list(data.std)}
+    config = {
+        "data_sha256": data.sha256, "layers": layers, "dataset_file": dataset_file, "normalisation": normalisation
+    }  # fmt: skip
     write_config(run, settings, config | environment(describe(device), torch.get_num_threads()))
     set_precision(settings.precision)
     if note := several_gpus_note(device):

@@ -47,7 +47,7 @@ class Settings:
     splits: tuple[int, ...] = setting((), "convert at these epochs instead of n_splits", nargs="+", metavar="EPOCH")
     lc_epochs: int = setting(0, "epochs of each converted network; 0: as many as the CNN's", 0, 10**5)
     network: str = setting("skinnyprime", "a network of models.py, by name")
-    dataset: str = setting("cifar10", "cifar10, cifar100, synthetic, or FILE.npz with x_train, y_train, x_test, y_test")
+    dataset: str = setting("cifar10", "cifar10, cifar100, mnist, fashionmnist, synthetic, or FILE.npz (README.md)")
     data_size: int = setting(0, "use the first N training images; 0: all", 0, 10**9)
     batch_size: int = setting(250, "images per step", 1, 10**6)
     seed: int = setting(0, "seed of the initial weights and of --shuffle", 0, 2**32 - 1)
@@ -229,7 +229,7 @@ def write_config(run: Path, settings: Settings, config: dict) -> None:
         remedy = "give the same settings, data and network, or use another --results_dir, or --fresh to delete it"
         raise RnormError(f"{run} is another run: {'; '.join(differences)}; {remedy}")
     for key in config:
-        if key not in (*IDENTITY, "dataset_file") and old.get(key) != config[key]:
+        if key not in (*IDENTITY, "dataset_file", "normalisation") and old.get(key) != config[key]:
             print(f"warning: {run.name} was begun with {key} {old.get(key)}, now {config[key]}", file=sys.stderr)
 
 
