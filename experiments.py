@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     members = [Member(run, settings)]
     if not args.cnn_only:
         members += members_to_train(run, settings, args.convert_to, settings.split_epochs)
-    data = data_of_settings(args, settings, open_device(args.device))
+    data = data_of_settings(args, settings, run, open_device(args.device))
     items = plan_items(members, data)
     with writing(run, elsewhere):
         disks = disk_space(items, args.keep)

@@ -33,9 +33,12 @@ def published_margins(logits: Tensor, y: Tensor) -> Tensor:
     """The margin that the published figure was made with, per example; logits (N, c), y (N,), result (N,).
 
     The true class's logit minus the second *smallest* logit where the prediction is right, minus the largest
-    logit where it is wrong. The released code's `kthvalue(out, 2)` counts from below; see README.md.
+    logit where it is wrong. The released code's `kthvalue(out, 2)` counts from below; see docs/files.md. With two
+    classes the second smallest logit is the largest, so the margin is NaN.
     """
     true = logits.gather(1, y[:, None])[:, 0]
+    if logits.shape[1] < 3:
+        return torch.full_like(true, math.nan)
     right = logits.argmax(1) == y
     return true - torch.where(right, logits.kthvalue(2, 1).values, logits.max(1).values)
 

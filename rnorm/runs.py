@@ -58,7 +58,7 @@ class Settings:
     )  # fmt: skip
     lc_epochs: int = setting(0, "epochs of each converted network; 0: as many as the CNN's", 0, 10**5)
     network: str = setting("skinnyprime", "a network of models.py, by name")
-    dataset: str = setting("cifar10", "cifar10, cifar100, mnist, fashionmnist, synthetic, or the path of FILE.npz")
+    dataset: str = setting("cifar10", "cifar10, cifar100, mnist, fashionmnist, synthetic, or FILE.npz (README.md)")
     data_size: int = setting(0, "use the first N training images; 0: all", 0, 10**9)
     batch_size: int = setting(250, "images per step", 1, 10**6)
     seed: int = setting(0, "seed of the initial weights and of --shuffle", 0, 2**32 - 1)

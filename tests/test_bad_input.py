@@ -138,7 +138,7 @@ def test_convert_what_the_run_has_not_or_not_yet(call):
 
 def test_a_machine_without_gpu_or_disk_space(call, monkeypatch):
     status, line = call("experiments.py --device cuda")
-    assert status == 1 and "hides every GPU" in line and no_run_made()
+    assert status == 1 and "CUDA_VISIBLE_DEVICES=''" in line and no_run_made()
     usage = namedtuple("usage", "total used free")(10**6, 10**6 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     status, line = call("experiments.py")
