@@ -155,9 +155,9 @@ class Gpu(TorchDispatchMode):
         self.graph, random = graph, self.generator.get_state()
         try:
             yield
-        except RuntimeError:
+        except RuntimeError as error:
             self.stuck = True
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nSearch for ...")
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nSearch") from error
         finally:
             self.graph = None
             self.generator.set_state(random)
