@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from models import make_network, size_of
 from rnorm.checkpoints import Track
-from rnorm.cli import ENVIRONMENT, Stop, check_signals, is_out_of_memory, note_progress
+from rnorm.cli import ENVIRONMENT, Stop, is_out_of_memory
 from rnorm.data import Data
 from rnorm.devices import describe, set_precision, several_gpus_note
 from rnorm.fast import Step
 from rnorm.measure import evaluate
 from rnorm.runs import Member, Settings, environment, write_config
+from rnorm.signals import check_signals, note_progress
 
 
 def work_of(member: Member, images: int) -> int:

@@ -129,7 +129,7 @@ class Fault:
 
     def open(self, path, mode="r", **kwargs):
         """`open`; what is opened for writing reaches the fault when half of the content is written."""
-        if mode != "wb":
+        if mode != "xb":
             return builtins.open(path, mode, **kwargs)
         self.reached("open", path)
 
@@ -140,7 +140,7 @@ class Fault:
                 self.reached("write", path)
                 super().write(content[len(content) // 2 :])
 
-        return Half(io.FileIO(path, "wb"))
+        return Half(io.FileIO(path, "xb"))
 
 
 def fill(filler: str) -> None:
@@ -156,7 +156,7 @@ def child(request: dict) -> None:
     """Be a study."""
     import small_study
     import torch
-    from rnorm import checkpoints, cli
+    from rnorm import checkpoints, cli, signals
 
     os.setsid()
     os.environ.update(request.get("env", {}))
@@ -165,7 +165,7 @@ def child(request: dict) -> None:
     streams = (request.get("stdout", request["log"] + ".out"), request["log"] + ".err")
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY), number)
-    cli.note_signals()
+    signals.note_signals()
     if "fault" in request:
         Fault(**request["fault"])
     try:
