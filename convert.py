@@ -11,7 +11,8 @@ import copy
 import sys
 from pathlib import Path
 
-from rnorm.cli import COMPLETE, DIVERGED, Parser, Stop, check_signals, finish, note_signals
+from rnorm.cli import COMPLETE, DIVERGED, Parser, Stop, finish
+from rnorm.signals import check_signals, note_signals
 
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost

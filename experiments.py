@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from rnorm.cli import COMPLETE, DIVERGED, ENVIRONMENT, Parser, Stop, finish, note_signals, writing
+from rnorm.cli import COMPLETE, DIVERGED, ENVIRONMENT, Parser, Stop, finish, writing
+from rnorm.signals import note_signals
 
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost

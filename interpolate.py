@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from rnorm.cli import COMPLETE, Parser, Stop, check_signals, finish, note_signals, writing
+from rnorm.cli import COMPLETE, Parser, Stop, finish, writing
+from rnorm.signals import check_signals, note_signals
 
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost

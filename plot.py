@@ -22,7 +22,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from rnorm.cli import COMPLETE, Parser, Stop, check_signals, finish, note_signals, stopping_at_once, writing
+from rnorm.cli import COMPLETE, Parser, Stop, finish, writing
+from rnorm.signals import check_signals, note_signals, stopping_at_once
 
 if __name__ == "__main__":
     note_signals()  # torch and matplotlib take seconds to import; a signal in that time must not be lost

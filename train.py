@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import make_network
-from rnorm.cli import ENVIRONMENT, Stop, check_signals, is_out_of_memory
+from rnorm.cli import ENVIRONMENT, Stop
 from rnorm.data import Data
 from rnorm.fast import Captured, keep_freed_memory, streamline
+from rnorm.files import is_out_of_memory
 from rnorm.history import History, append, append_divergence, has_diverged, has_ended
 from rnorm.layers import LocallyConnected2d
 from rnorm.measure import evaluate
 from rnorm.progress import Progress
 from rnorm.runs import Member, Settings
+from rnorm.signals import check_signals
 from rnorm.store import Store, check_tensor, copied
 
 

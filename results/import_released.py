@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rnorm.cli import COMPLETE, Parser, Stop, finish, note_signals, stopping_at_once, writing
+from rnorm.cli import COMPLETE, Parser, Stop, finish, writing
+from rnorm.signals import note_signals, stopping_at_once
 
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
@@ -29,7 +30,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from rnorm.checkpoints import load, save
+from rnorm.store import load, save
 from rnorm.files import Damaged
 from rnorm.runs import Member, Settings, write_config
 

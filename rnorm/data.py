@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnorm.cli import stopping_at_once
 from rnorm.files import Lock, RnormError
+from rnorm.signals import stopping_at_once
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 ELSEWHERE = "name its directory with --data_dir, or another --dataset, such as synthetic"

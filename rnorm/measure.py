@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnorm.cli import check_signals
 from rnorm.layers import Geometry, LocallyConnected2d, layer_shapes, pair, unfolded
+from rnorm.signals import check_signals
 
 if TYPE_CHECKING:  # what reads histories needs KEYS, but no images
     from rnorm.data import Data

@@ -6,8 +6,8 @@ from datetime import datetime
 
 from tqdm import tqdm
 
-from rnorm.cli import note_progress
 from rnorm.runs import Member
+from rnorm.signals import note_progress
 
 
 class Progress:

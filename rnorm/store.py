@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rnorm.cli import is_out_of_memory
 from rnorm.data import Data
-from rnorm.files import Damaged, Lock, set_aside, write_file
+from rnorm.files import Damaged, Lock, is_out_of_memory, set_aside, write_file
 from rnorm.history import History, by_epoch, check_history, completed, has_diverged, has_ended
 from rnorm.layers import LocallyConnected2d
 from rnorm.runs import Member

@@ -129,7 +129,7 @@ class Fault:
 
     def open(self, path, mode="r", **kwargs):
         """`open`; what is opened for writing reaches the fault when half of the content is written."""
-        if mode != "wb":
+        if mode != "xb":
             return builtins.open(path, mode, **kwargs)
         self.reached("open", path)
 
@@ -140,7 +140,7 @@ class Fault:
                 self.reached("write", path)
                 super().write(content[len(content) // 2 :])
 
-        return Half(io.FileIO(path, "wb"))
+        return Half(io.FileIO(path, "xb"))
 
 
 def fill(filler: str) -> None:
@@ -156,7 +156,7 @@ def child(request: dict) -> None:
     """Be a study."""
     import small_study
     import torch
-    from rnorm import cli, store
+    from rnorm import cli, signals, store
     from rnorm.plan import Item
 
     os.setsid()
@@ -167,7 +167,7 @@ def child(request: dict) -> None:
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     small_study.experiments.plan_items = lambda members, data: [Item(member, 100, 0.0, 0.0) for member in members]
-    cli.note_signals()
+    signals.note_signals()
     if "fault" in request:
         Fault(**request["fault"])
     try:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("files", "cli", "runs", "devices", "layers", "data", "conversions", "flags", "fast", "measure", "checkpoints",
-         "results")  # fmt: skip
+ORDER = ("files", "signals", "cli", "runs", "devices", "layers", "data", "conversions", "flags", "fast", "measure",
+         "checkpoints", "results")  # fmt: skip
 """The modules of the package: each imports only those before it."""
 
 USES = {

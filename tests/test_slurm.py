@@ -288,7 +288,7 @@ def test_a_job_that_fails_or_took_no_step_is_not_requeued(slurm, clone):
     bad = submit(clone, "sbatch", "job.sh", "--", *CPU, "--dataset", "missing.npz")
     site = {"SBATCH_GRES": "none", "SBATCH_GPUS_PER_NODE": "h100:1"}  # that knows no --gres
     no_gpu = submit(clone, "sbatch", "job.sh", 0.2, "--", *FLAGS, **site)
-    assert ended(no_step) == ("FAILED", str(cli.ENVIRONMENT), "0") and "no step was taken" in log(clone, no_step)
+    assert ended(no_step) == ("FAILED", str(cli.ENVIRONMENT), "0") and "nothing new was saved" in log(clone, no_step)
     assert ended(bad) == ("FAILED", str(cli.BAD_INPUT), "0") and "missing.npz" in log(clone, bad)
     assert ended(no_gpu)[::2] == ("FAILED", "0") and not list(clone.glob("results/*cnn_lr=0.2*"))
     text = log(clone, no_gpu)
