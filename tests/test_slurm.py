@@ -297,10 +297,11 @@ def test_a_job_that_fails_or_took_no_step_is_not_requeued(slurm, clone):
 
 def test_jobs_of_one_run_wait_for_each_other_and_a_cancelled_one_has_saved(slurm, clone):
     grid = {"CNN_LR": "0.03", "LC_LR": "0.01", "EPOCHS": 1000, "N_SPLITS": 1}
-    first, second = (submit(clone, "bash", "run_all.sh", *CPU, **grid) for _ in range(2))
+    splits = ("--splits", *range(900, 941))  # a name so long that with .log it would be no name of a file
+    first, second = (submit(clone, "bash", "run_all.sh", *CPU, *splits, **grid) for _ in range(2))
     wait_until(lambda: list(clone.glob("results/*=0.03*/small_3.pyT")))
     run = next(clone.glob("results/*=0.03*"))
-    assert job(first)["JobName"] == run.name and job(second)["Reason"] == "Dependency"
+    assert len(run.name) > 242 and job(first)["JobName"] == run.name and job(second)["Reason"] == "Dependency"
     call("scancel", first)
     assert ended(first)[::2] == ("CANCELLED", "0") and "SIGTERM: saved" in log(clone, first)
     saved = max(torch.load(path, weights_only=True)["epoch"] for path in run.glob("*.pyT"))
