@@ -122,7 +122,7 @@ def network_and_conversion(path: Path) -> tuple[str, str]:
     """What a checkpoint's name says it is of; the conversion is "" for a CNN. Raises RnormError for another name."""
     names = [path.stem]
     if path.stem == "latest":
-        names = sorted(other.stem for other in path.parent.glob("*_*.pyT"))
+        names = sorted(other.stem for other in path.parent.glob("[!.]*_*.pyT"))
     for name in names:
         if match := re.fullmatch(r"(.+?)(?:_([^_]+)_version)?_\d+", name):
             return match[1], match[2] or ""

@@ -1,4 +1,4 @@
-"""What is recorded of a network: losses, accuracies, margins and weight norms. README.md defines every key.
+"""What is recorded of a network: losses, accuracies, margins and weight norms. docs/files.md defines every key.
 
 Source of the definitions: arXiv:2206.05317, section 5 (the R-norm experiment), and its released code.
 """
@@ -60,12 +60,6 @@ def weighted_layers(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tu
         for i, layer in enumerate(net)
         if isinstance(getattr(layer, "weight", None), Tensor)
     ]
-
-
-def training_flop(net: nn.Sequential, image_shape: tuple[int, ...]) -> int:
-    """Floating-point operations to train on one image once: three products per layer, and two in the first."""
-    layers = enumerate(weighted_layers(net, image_shape))
-    return sum(2 * count * layer.weight.numel() * (3 if n else 2) for n, (_, layer, count) in layers)
 
 
 def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:

@@ -182,7 +182,8 @@ def converted_members(run: Path, settings: Settings) -> list[Member]:
 
 def has_files_of_a_run(directory: Path) -> bool:
     """Whether a directory is a run's, with config.json or without."""
-    return any(next(directory.glob(name), None) for name in ("config.json*", "*.hist", "*.pyT"))
+    names = ("config.json*", "evaluation-history.hist*", "*.pyT*")  # also with .damaged after them
+    return any(next(directory.glob(name), None) for name in names)
 
 
 def read_config(run: Path) -> tuple[Settings, dict]:
