@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnorm import layers
 from rnorm.layers import Geometry, LocallyConnected2d, layer_shapes, pair
 
 
@@ -36,7 +35,9 @@ class Stage(nn.Module):
         layer = self.layer
         if isinstance(layer, LocallyConnected2d):
             rows, columns = self.outputs
-            x = layer.compute(x, self.padding, (rows, columns if layers.on_cpu(x) else layer.output_size[1]))
+            if x.device.type != "cpu":
+                columns = layer.output_size[1]
+            x = layer.compute(x, self.padding, (rows, columns))
         else:
             x = Geometry(layer.kernel_size, layer.stride, self.padding, layer.dilation, self.outputs).pad(x)
             x = F.conv2d(x, layer.weight, layer.bias, layer.stride, 0, layer.dilation)
