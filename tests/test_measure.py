@@ -69,7 +69,7 @@ def test_the_operator_norm_is_the_largest_singular_value_of_the_matrix():
     nn.AdaptiveMaxPool2d(2), nn.AdaptiveAvgPool2d((2, 1)), nn.MaxPool2d(3, 2, ceil_mode=True),
 ])  # fmt: skip
 def test_path_norms_are_sums_over_paths(pool, power):
-    """A path is a pixel, an output of the convolution, an input of the last layer and a logit: all are multiplied out."""
+    """A path: a pixel, an output of the convolution, an input of the last layer, a logit. All are multiplied out."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 2, (2, 1)), nn.ReLU(), pool, nn.Flatten(), nn.LazyLinear(3)).double()
     net(torch.zeros(1, 1, 5, 4).double())

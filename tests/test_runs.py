@@ -131,7 +131,7 @@ def test_a_config_that_is_missing_or_damaged_is_one_line_and_nothing_is_touched(
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     for call in (read_config, lambda run: write_config(run, Settings(), CONFIG)):
-        with pytest.raises(RnormError, match="(missing|damaged).*; put back a copy of it, or delete .* to start over") as refused:
+        with pytest.raises(RnormError, match="(missing|damaged).*; put back a copy of it, or delete ") as refused:
             call(tmp_path)
         assert "\n" not in str(refused.value)
     left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
