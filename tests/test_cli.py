@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import run_of
 
 from rnorm.cli import Stop, finish, writing
 from rnorm.files import Damaged, InUse, RnormError
@@ -88,6 +89,14 @@ def test_what_saved_nothing_new_does_not_say_that_it_saved(capsys, signum, statu
     os.kill(os.getpid(), signal.Signals[signum])
     line = f"experiments.py: {signum}: nothing new was saved since the start; {advice}\n"
     assert ended(KeyboardInterrupt(), capsys) == (status, line)
+
+
+def test_repeating_epochs_of_the_cnn_for_a_split_is_no_progress(server, command):
+    """It is not saved, so a job that gets no further would be continued for ever."""
+    assert server.run(*command, "--cnn_only").status == 0
+    (run_of(command) / "small_1.pyT").unlink()
+    study = server.run(*command, fault={"action": "SIGUSR1", "call": "step", "at": 3})
+    assert study.status == 1 and "SIGUSR1: nothing new was saved since the start" in study.err
 
 
 def test_what_leaves_nothing_to_save_is_stopped_at_once():
