@@ -22,8 +22,9 @@ from rnorm.signals import check_signals, note_signals
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
 
-from rnorm.checkpoints import has_ended, recorded
+from rnorm.history import has_ended
 from rnorm.runs import Member, converted_members, read_config, write_config
+from rnorm.store import good_history
 
 PUBLISHED = Path(__file__).resolve().parent / "published"
 LARGE = 10**6  # bytes
@@ -39,7 +40,7 @@ def copy_run(run: Path, copy: Path) -> None:
     files = [cnn.checkpoint(split) for split in splits]
     for member in (cnn, *converted):
         files.append(member.history_file)
-        history = recorded(member)
+        history = good_history(member)
         if history and not has_ended(history, member):
             files.append(member.checkpoint(history["checkpoints"][-1]))
     for file in dict.fromkeys(files):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from rnorm.files import InUse, RnormError
+from rnorm.files import InUse, RnormError, is_out_of_memory
 from rnorm.signals import SIGNALS, Signals, ignore_signals
 
 # Exit statuses of every script; SIGNALS has those of one that a signal stopped.
@@ -84,14 +84,6 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
         raise Stop(f"{path} cannot be written ({error.strerror or error}); {remedy}", status) from None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the GPU or of the machine; torch has several errors for it, all RuntimeErrors."""
-    words = r"out of memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC(ATION)?_FAILED|DefaultCPUAllocator"
-    if isinstance(error, RuntimeError):
-        return re.search(words, str(error)) is not None
-    return isinstance(error, MemoryError)
-
-
 def finish(main: Callable[[list[str]], int], argv: list[str], saves: bool = True) -> None:
     """Run a script's `main` and exit with its status; every expected failure becomes one line on stderr.
 
@@ -136,7 +128,8 @@ def ending(error: BaseException, argv: list[str], saves: bool) -> tuple[str, int
         return str(error), ENVIRONMENT if isinstance(error, InUse) else BAD_INPUT
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror or error}; what was saved before is intact", ENVIRONMENT
+        status = BAD_INPUT if error.errno == errno.ENAMETOOLONG else ENVIRONMENT
+        return f"{name}{error.strerror or error}; what was saved before is intact", status
     if is_out_of_memory(error):
         return "out of memory; free some, or use a machine or GPU with more", ENVIRONMENT
     raise error  # a mistake in the code, whose traceback is wanted, or the end of --help

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import socket
 import stat
 import sys
@@ -25,6 +26,14 @@ class Damaged(RnormError):
 
 class InUse(RnormError):
     """Another process holds a lock, or the directory that this process locked is gone."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the GPU or of the machine; torch has several errors for it, all RuntimeErrors."""
+    words = r"out of memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC(ATION)?_FAILED|DefaultCPUAllocator"
+    if isinstance(error, RuntimeError):
+        return re.search(words, str(error)) is not None
+    return isinstance(error, MemoryError)
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:

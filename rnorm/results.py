@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from rnorm.checkpoints import check_history, has_diverged, load_history
+from rnorm.history import check_history, has_diverged
+from rnorm.store import load_history
 from rnorm.files import Damaged, RnormError
 from rnorm.runs import Member, Settings, converted_members, read_config
 

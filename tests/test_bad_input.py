@@ -20,13 +20,14 @@ import interpolate
 import plot
 import publish
 import tables
-from models import NETWORKS, ConvNet
+from models import NETWORKS
 from rnorm.cli import finish
 from rnorm.runs import Settings
 
 MAINS = SCRIPTS | {"plot.py": plot.main, "interpolate.py": interpolate.main}
 MAINS |= {"tables.py": tables.main, "publish.py": publish.main}
-NO_RUNS = ("empty", "missing", "tiny.npz")
+TAKE_RUNS = ("convert.py", "plot.py", "tables.py", "publish.py")
+NO_RUNS = ("empty", "missing", "tiny.npz", "x" * 300)
 ENDS = "run/small_3.pyT run/small_lc_version_3/small_lc_version_3.pyT"
 OTHER_DIR = "name another --results_dir"
 
@@ -40,7 +41,7 @@ REFUSALS = [  # command, exit status, words in the line
     ("experiments.py --precision float16", 2, "invalid choice: 'float16'"),
     ("experiments.py --epochs 3 --splits 4", 2, "--splits 4: have to lie between 0 and 3"),
     ("experiments.py --splits", 2, "--splits: expected at least one argument"),
-    (f"experiments.py --splits {' '.join(map(str, range(1, 151)))}", 2, "File name too long"),
+    (f"experiments.py --splits {' '.join(map(str, range(1, 151)))}", 2, "give fewer --splits"),
     ("experiments.py --data_size 61", 2, "data_size 61: there are only 60 training images; use 0 for all"),
     ("experiments.py --dataset cifar10 --data_size 60000 --exec 0", 2, "there are only 50000 training images"),
     ("experiments.py --dataset a\nb.npz", 2, "a b.npz is neither a data set"),
@@ -49,14 +50,13 @@ REFUSALS = [  # command, exit status, words in the line
     ("experiments.py --dataset cifar10 --data_dir damaged", 2, "delete damaged/cifar-10-python.tar.gz"),
     ("experiments.py --network tiny", 2, "tiny: no such network in models.py; there are skinnyprime, "),
     ("experiments.py --convert_to=", 2, "no such conversion"),
-    ("experiments.py --convert_to lc tied lc2", 2, "--convert_to layer 2 is no convolution; those are 1 5"),
+    ("experiments.py --convert_to lc tied lc2", 2, "--convert_to lc2: layer 2 is no convolution; those are 1 5"),
     ("experiments.py --results_dir tiny.npz --exec 0", 2, f"tiny.npz is not a directory); {OTHER_DIR}"),
     ("experiments.py --results_dir tiny.npz/below", 2, f"tiny.npz is not a directory); {OTHER_DIR}"),
-    (f"experiments.py --results_dir {'x' * 300}", 2, f"cannot be written (File name too long); {OTHER_DIR}"),
-    ("experiments.py --epochs 2 --results_dir thesis", 2, f"no run of experiments.py; move it away, or {OTHER_DIR}"),
-    ("experiments.py --device cuda", 1, "hides every GPU"),
-    *[(f"{script} {path}", 2, path) for script in MAINS if script != "interpolate.py" for path in NO_RUNS],
-    (f"convert.py {'x' * 300}", 2, "File name too long"),
+    (f"experiments.py --results_dir {'x' * 300}", 2, "File name too long"),
+    ("experiments.py --epochs 2 --results_dir thesis", 2, f"move it away, or {OTHER_DIR}"),
+    ("experiments.py --device cuda", 1, "CUDA_VISIBLE_DEVICES=''"),
+    *[(f"{script} {path}", 2, path) for script in TAKE_RUNS for path in NO_RUNS],
     ("convert.py run --split 7", 2, "--split 7: the run's splits are 1 3"),
     ("convert.py run --convert_to x", 2, "--convert_to x: no such conversion"),
     ("convert.py unfinished --split 3", 2, "train the CNN that far first"),
@@ -119,18 +119,19 @@ def test_bad_input_is_one_line_and_changes_nothing(call, command, status, words)
 
 def test_a_network_that_cannot_be_measured(call, monkeypatch):
     layers = (nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 3))
-    monkeypatch.setitem(NETWORKS, "mine", lambda num_classes: ConvNet(*layers))
+    monkeypatch.setitem(NETWORKS, "mine", lambda num_classes: nn.Sequential(*layers))
     for flags in ("--cnn_only", "--convert_to cnn", "--convert_to tied", "--convert_to lc", "--cnn_only --exec 0"):
         status, line = call(f"experiments.py --network mine {flags}")
-        assert status == 2 and "mine: layer 1 is BatchNorm2d; a network here is" in line
+        assert status == 2 and "mine: layer 1 is BatchNorm2d; norms of weights mean nothing where" in line
 
 
 def test_a_network_that_cannot_be_untied_is_refused_only_where_it_would_be(call, monkeypatch):
-    layers = (nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten())
-    monkeypatch.setitem(NETWORKS, "mine", lambda num_classes: ConvNet(*layers, nn.Linear(144, num_classes)))
+    circular = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+    layers = (nn.Conv2d(3, 4, 4, 4), circular, nn.Conv2d(4, 4, 3, groups=2), nn.Flatten())
+    monkeypatch.setitem(NETWORKS, "mine", lambda num_classes: nn.Sequential(*layers, nn.Linear(144, num_classes)))
     for conversion, layer in (("lc", 1), ("fc", 1), ("lc0+2", 2)):
         status, line = call(f"experiments.py --network mine --epochs 1 --convert_to {conversion}")
-        assert status == 2 and f"--convert_to layer {layer} cannot be untied: Conv2d" in line
+        assert status == 2 and f"--convert_to {conversion}: layer {layer} cannot be untied: Conv2d" in line
     for flags in ("--cnn_only", "--convert_to lc0 tied cnn"):
         words = ["--dataset", "tiny.npz", "--network", "mine", "--epochs", "1", *flags.split()]
         assert SCRIPTS["experiments.py"](words) == 0

@@ -21,6 +21,9 @@ def test_both_margins():
     assert published_margins(logits, labels).tolist() == [3.0, -2.0, -5.0]
     # Multiclass: the largest other logit is subtracted.
     assert multiclass_margins(logits, labels).tolist() == [2.0, -2.0, -5.0]
+    # Of two classes there is no second smallest logit that is not the largest.
+    assert published_margins(logits[:2, :2], labels[:2]).isnan().all()
+    assert multiclass_margins(logits[:2, :2], labels[:2]).tolist() == [2.0, -2.0]
 
 
 def one_convolution() -> nn.Sequential:
