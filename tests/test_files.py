@@ -13,8 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from rnorm import files
-from rnorm.files import InUse, Lock, RnormError, files_below, lock_directory, set_aside, write_file
+from rnorm.files import InUse, Lock, RnormError, lock_directory, set_aside, write_file
 
 HOLD = """import os, sys, pathlib; from rnorm.files import Lock
 os.chdir(sys.argv[1]); os.geteuid() or os.setuid(int(sys.argv[2]))
@@ -184,14 +183,3 @@ def test_a_directory_may_be_the_users_own_link_but_not_anothers(tmp_path, other_
         os.lchown(link, other_user, -1)
     with pytest.raises(RnormError, match="run is a link that another user made; delete it"):
         lock_directory(link)
-
-
-def test_the_files_below_a_directory_are_all_but_locks_and_those_that_vanish(tmp_path, monkeypatch):
-    for name in ("a", ".lock", "below/b", "below/.lock"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("12")
-    found = [(path, size) for path, _, size in sorted(files_below(tmp_path))]
-    assert found == [(tmp_path / "a", 2), (tmp_path / "below/b", 2)]
-    real = files.Path.is_file
-    monkeypatch.setattr(files.Path, "is_file", lambda path: real(path) and not path.unlink())
-    assert files_below(tmp_path) == []
