@@ -128,7 +128,8 @@ def ending(error: BaseException, argv: list[str], saves: bool) -> tuple[str, int
         return str(error), ENVIRONMENT if isinstance(error, InUse) else BAD_INPUT
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror or error}; what was saved before is intact", ENVIRONMENT
+        status = BAD_INPUT if error.errno == errno.ENAMETOOLONG else ENVIRONMENT
+        return f"{name}{error.strerror or error}; what was saved before is intact", status
     if is_out_of_memory(error):
         return "out of memory; free some, or use a machine or GPU with more", ENVIRONMENT
     raise error  # a mistake in the code, whose traceback is wanted, or the end of --help

@@ -86,16 +86,6 @@ def set_aside(path: Path, reason: str) -> None:
     print(f"warning: {path} is damaged ({reason}); it is now {aside.name}", file=sys.stderr)
 
 
-def files_below(directory: Path) -> list[tuple[Path, int, int]]:
-    """(path, time of change, bytes) of the files below `directory` except locks; other processes may be at work."""
-    files = []
-    for path in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file() and not path.name.endswith(".lock"):
-                files.append((path, path.stat().st_mtime_ns, path.stat().st_size))
-    return files
-
-
 class Lock:
     """The lock of a directory. The kernel holds it (flock), so it ends with its holder; NFS passes it between hosts.
 
