@@ -3,6 +3,7 @@
 Those that only draw use the published histories. Those that train or need images use the small network and tiny data.
 """
 
+import json
 import math
 import re
 import shlex
@@ -157,3 +158,10 @@ def test_another_project_with_a_models_of_its_own_uses_the_layer_and_load_networ
         "import models; x = torch.zeros(2, 3, 32, 32)\nprint(models.mine, untied(x[..., :28, :28]).shape, net(x).shape)"
     )
     assert run_python(code) == "1 torch.Size([2, 8, 28, 28]) torch.Size([2, 10])\n"
+
+
+def test_docs_define_every_key_of_a_runs_files(undisturbed):
+    checkpoint, config = load(undisturbed / "small_3.pyT"), json.loads((undisturbed / "config.json").read_text())
+    keys = {*checkpoint, *checkpoint["identity"], *checkpoint["history"], *config}
+    defined = re.findall(r"`(\w+)`", (ROOT / "docs/files.md").read_text())
+    assert {key for key in keys if not key.startswith("untied_")} - {*defined} == set()
