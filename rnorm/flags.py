@@ -51,12 +51,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """What the CNN is converted to, which checkpoints stay, and `add_data_flags`; none is part of a run's identity."""
     parser.add_argument(
         "--convert_to", nargs="+", default=["lc"], metavar="NAME",
-        help=f"conversions: {', '.join(CONVERSIONS)}; lc and tied also with indices of layers: lc1+9 (default: lc)",
+        help=f"what the CNN becomes: {', '.join(CONVERSIONS)}; of some layers only: lc5, tied1+9 (default: lc)",
     )  # fmt: skip
     parser.add_argument(
         "--keep", choices=("all", "last"),
-        help="which checkpoints of converted networks stay on disk, of skinnyprime's eLCN 31 MB each; all are needed "
-        "only to study weights (default: all, of fc the last)",
+        help="keep all checkpoints of each converted network, or only the last (31 MB each for skinnyprime's eLCN; "
+        "default: all, for fc last)",
     )  # fmt: skip
     add_data_flags(parser)
 
@@ -64,9 +64,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Where the images lie, and what computes."""
     add_directory(parser, "--data_dir", "where the images lie", "RNORM_DATA", "data")
-    parser.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto, a GPU if one can be used"
-    )
+    help = "auto takes a GPU if it computes, else the CPU (default: auto)"
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help=help)
 
 
 def open_device(name: str) -> torch.device:

@@ -49,27 +49,27 @@ class Settings:
     """
 
     epochs: int = setting(150, "epochs of the CNN", 1, 10**5)
-    n_splits: int = setting(20, "convert the CNN at this many log-spaced epochs; equal ones count once", 1, 10**4)
+    n_splits: int = setting(20, "convert the CNN at this many log-spaced epochs; fewer where some coincide", 1, 10**4)
     cnn_lr: float = setting(0.05, "learning rate of the CNN", 1e-30, 1e38)
-    lc_lr: float = setting(0.01, "learning rate of the eLCNs and of other converted networks", 1e-30, 1e38)
+    lc_lr: float = setting(0.01, "learning rate of the converted networks, eLCNs and others", 1e-30, 1e38)
     splits: tuple[int, ...] = setting(
         (), "convert at these epochs instead of n_splits", parse=int, nargs="+", metavar="EPOCH",
         show=lambda epochs: "+".join(map(str, epochs)),
     )  # fmt: skip
     lc_epochs: int = setting(0, "epochs of each converted network; 0: as many as the CNN's", 0, 10**5)
     network: str = setting("skinnyprime", "a network of models.py, by name")
-    dataset: str = setting("cifar10", "cifar10, cifar100, mnist, fashionmnist, synthetic, or FILE.npz (README.md)")
+    dataset: str = setting("cifar10", "cifar10, cifar100, mnist, fashionmnist, synthetic, or FILE.npz, see README.md")
     data_size: int = setting(0, "use the first N training images; 0: all", 0, 10**9)
     batch_size: int = setting(250, "images per step", 1, 10**6)
     seed: int = setting(0, "seed of the initial weights and of --shuffle", 0, 2**32 - 1)
-    shuffle: bool = setting(False, "shuffle in every epoch (default: the data set's order)")
+    shuffle: bool = setting(False, "a new order of the images in every epoch (default: the data set's own)")
     precision: str = setting(
         "float32", "float32; tf32 (CUDA matrix products and convolutions only); float64 everywhere",
         choices=("float32", "tf32", "float64"),
     )  # fmt: skip
     momentum: float = setting(0.0, "momentum of SGD", 0, 0.999999)
     weight_decay: float = setting(0.0, "weight decay of SGD", 0, 1e38)
-    lc_evaluations: int = setting(20, "evaluate converted networks at this many log-spaced epochs", 1, 10**4)
+    lc_evaluations: int = setting(20, "evaluate converted networks at this many log-spaced epochs of theirs", 1, 10**4)
 
     def __post_init__(self):
         for each in dataclasses.fields(self):
