@@ -114,9 +114,11 @@ def what_is_there(name: str) -> str | None:
 def tests(report: Report, on_gpu: bool, work: Path) -> None:
     """Those that compute in their own process, then those that start studies: a GPU may take one process at a time."""
     print("\n## The tests\n")
-    files = ["-m", "cuda"] if on_gpu else ["tests/test_gpu.py"]
-    for what, chosen in (("tests of a step", "not study" if on_gpu else "float64 and cpu"), ("studies", "study")):
-        command = ["-m", "pytest", *files, "-k", chosen, "--basetemp", work / "pytest"]
+    chosen = {"tests of a step": ["tests/test_gpu.py", "-k", "float64 and cpu"]}
+    if on_gpu:
+        chosen = {"tests of a step": ["-m", "cuda", "-k", "not study"], "studies": ["-m", "cuda", "-k", "study"]}
+    for what, which in chosen.items():
+        command = ["-m", "pytest", *which, "--basetemp", work / "pytest"]
         (output,) = report.outputs(f"the {what} pass", start, command)
         summary = output.splitlines()[-1]
         print(f"{what}: {summary}", flush=True)
