@@ -25,17 +25,18 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch has not looked for them yet
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """Tests marked cuda compute on a pretended GPU, but for `pytest -m cuda`."""
-    if not item.get_closest_marker("cuda"):
-        return (yield)
-    if item.config.option.markexpr != "cuda":
-        with pretended():
-            return (yield)
-    if not torch.cuda.is_available():
+@pytest.fixture(autouse=True)
+def gpu(request):
+    """Tests marked cuda compute on a pretended GPU, which this returns; with `pytest -m cuda` on a real one: None."""
+    if not request.node.get_closest_marker("cuda"):
+        yield None
+    elif request.config.option.markexpr != "cuda":
+        with pretended() as gpu:
+            yield gpu
+    elif torch.cuda.is_available():
+        yield None
+    else:
         pytest.skip("no GPU")
-    return (yield)
 
 
 SMALL = ("--network", "small", "--device", "cpu", "--epochs", 3, "--n_splits", 2, "--batch_size", 10)

@@ -91,6 +91,11 @@ class Graph:
                     old.copy_(new)
 
 
+class Generator(torch.Generator):
+    def graphsafe_set_state(self, other):
+        self.set_state(other.get_state())
+
+
 class Stream:
     def __init__(self, device=None):
         pass
@@ -105,7 +110,7 @@ class Gpu(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits, self.captures, self.graph, self.stuck = [], 0, None, False
-        self.generator = torch.Generator()
+        self.generator = Generator()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func._schema.name.removeprefix("aten::")
@@ -145,7 +150,8 @@ class Gpu(TorchDispatchMode):
             self.waits.append(name)
         if self.graph and waits:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({name})\nSearch for ...")
-        assert not self.graph or (to_gpu and not on_host), f"{name} is computed on the host inside a capture"
+        if self.graph and name != "lift_fresh":  # torch.tensor's, which moves it next
+            assert to_gpu and not on_host, f"{name} is computed on the host inside a capture"
 
     @contextlib.contextmanager
     def capture(self, graph, **options):
