@@ -432,7 +432,7 @@ class Patches:
         n, channels, height, width = size
         filters = weight.flatten(2, 4).flatten(0, 1)
         taps = torch.bmm(grad.flatten(0, 1), filters.transpose(1, 2))  # (H_out * W_out, N, k_h * k_w * C_in)
-        cached = type(grad) is Tensor  # else they may be FakeTensors, which must not be kept
+        cached = type(grad).__name__ != "FakeTensor"  # what is made in a FakeTensorMode must not be kept
         readers, first = (_readers if cached else _readers.__wrapped__)(g, height, width, grad.device)
         # Those of image m among n: a position's taps of all images lie together.
         count, window, images = len(readers), math.prod(g.kernel), torch.arange(n, device=grad.device)[:, None]
