@@ -106,20 +106,23 @@ def styled_lines(groups: list[list[Curve]], overlay: bool) -> tuple[list[list[Li
         cnn_words = differences(groups, ("seed", *EXTENT, "lc_lr"))
     kinds = {(i * overlay, curve.member.title) for i, group in enumerate(groups) for curve in group}
     looks = looks_of(sorted(kind for kind in kinds if kind[1] != "CNN"), by_split=scale is not None)
-    rows = []
+    rows, cnns = [], set()
     for i, group in enumerate(groups):
         rows.append([])
         for curve in group:
-            title, label = curve.member.title, curve.member.label
-            settings = cnn_words[i] if curve.member.is_cnn else words[i]
+            title, label, settings = curve.member.title, curve.member.label, words[i]
             colour, dashes = looks.get((i * overlay, title), ("black", i * overlay))
-            if scale and not curve.member.is_cnn:
+            if curve.member.is_cnn:
+                settings, cnn = cnn_words[i], (cnn_words[i], curve.member.settings.seed)
+                if overlay and cnn in cnns:
+                    continue
+                cnns.add(cnn)
+            elif scale:
                 colour = scale.to_rgba(max(curve.member.split, 0.5))
             name = f"{title}, {settings}" if settings else NAMES.get(title, title)
             label = f"{label}, {settings}" if settings else label
             style = {"color": colour, "ls": (0, (5, 2, *(1, 2) * (dashes - 1))) if dashes else "-"}
-            if not (overlay and any(same_training(curve, line.curve) for line in sum(rows, []))):
-                rows[-1].append(Line(curve, name, label, style))
+            rows[-1].append(Line(curve, name, label, style))
     return [sum(rows, [])] if overlay else rows, scale
 
 
@@ -139,12 +142,6 @@ def looks_of(kinds: list[tuple[int, str]], by_split: bool) -> dict[tuple[int, st
         again, i = divmod(bases.index(base), len(free))
         looks[kind] = free[i], 2 * again + (kind != base)
     return looks
-
-
-def same_training(one: Curve, other: Curve) -> bool:
-    """Whether two networks are the same CNN, as far as both have come."""
-    losses = [curve.values["train_loss"] for curve in (one, other) if curve.member.is_cnn]
-    return len(losses) == 2 and all(a == b for a, b in zip(*losses))
 
 
 def draw(groups: list[list[Curve]], args: argparse.Namespace, reference: list[Curve] = ()) -> Figure:
@@ -168,9 +165,8 @@ def draw(groups: list[list[Curve]], args: argparse.Namespace, reference: list[Cu
     missing = []
     for column, panel in zip(axes.T, args.panels):
         for ax, row in zip(column, rows):
-            missing += draw_lines(ax, row, panel, args, splits)
-            if args.margin == "published" or not panel.endswith("_normalized"):
-                draw_points(ax, row, reference, panel, args, splits)
+            comparable = args.margin == "published" or not panel.endswith("_normalized")
+            missing += draw_lines(ax, row, reference if comparable else [], panel, args, splits)
         set_y_axes(column, panel)
     if scale:
         add_bar(axes[0, -1], splits, scale)
@@ -208,7 +204,7 @@ def add_legend(fig: Figure, axes: np.ndarray, by_split: bool, lines: list[Line],
         if labels:
             text = f"{words}: {', '.join(dict.fromkeys(labels))}"
             notes.append(textwrap.fill(text, int(14 * width), max_lines=2, placeholder=" ... and more"))
-    shown = {drawn.get_label(): drawn for ax in axes.flat for drawn in ax.lines if drawn.get_label()[0] != "_"}
+    shown = {drawn.get_label(): drawn for ax in axes.flat for drawn in ax.lines}
     legend = fig.legend(
         shown.values(), shown.keys(), ncols=max(1, letters // (6 + max(map(len, shown)))), loc="upper left",
         alignment="left", bbox_to_anchor=(0, -0.45 / height), title="\n".join(notes), title_fontsize=8,
@@ -226,56 +222,48 @@ def add_bar(ax: Axes, splits: list[int], scale: ScalarMappable) -> None:
     bar.set_ticks([max(split, 0.5) for split in labelled], labels=labelled)
 
 
-def draw_lines(ax: Axes, row: list[Line], panel: str, args: argparse.Namespace, splits: list[int]) -> list[str]:
-    """One quantity: a line for each network and seed, thin if there are several seeds; a cross where one diverged.
+def draw_lines(
+    ax: Axes, row: list[Line], reference: list[Curve], panel: str, args: argparse.Namespace, splits: list[int]
+) -> list[str]:
+    """One quantity: a line for each network and seed, thin if there are several; a cross where one diverged; rings.
 
-    Over a loss that rises in between, the line joins the evaluations at which it was lowest so far; the others are
-    faint. Returns what cannot be drawn, as no value is finite.
+    Returns the networks of which nothing can be drawn, as no value is finite.
     """
     thin = len({line.curve.member.settings.seed for line in row}) > 1
-    missing = []
+    missing, published = [], {}
     for line in row:
         curve, member = line.curve, line.curve.member
+        if curve.is_published:
+            published[member.label] = line.style["color"]
         x, y = x_values(curve, args, splits), curve.values.get(panel, np.full(len(curve.own_epochs), np.nan))
-        y = np.where(np.abs(y) < 1e100, y, np.nan)  # no axis can hold more
-        if not np.isfinite(x + y).any():
+        x, y = x[np.isfinite(x)], np.where(np.abs(y) < 1e100, y, np.nan)[np.isfinite(x)]  # no axis can hold more
+        if not np.isfinite(y).any():
             missing.append(f"{line.label} ({panel})")
         look = {"gid": member.label, "zorder": 2.5 if member.is_cnn else 2, "lw": 0.7 if thin else 1.3, **line.style}
-        if falls(args.x):
-            ax.plot(x, y, **look | {"alpha": 0.25, "lw": 0.4})
-            lowest = x <= np.fmin.accumulate(x)
-            x, y = x[lowest], y[lowest]
         ax.plot(x, y, label=line.name, marker="." if args.own_epochs and not member.is_cnn else "", ms=4, **look)
         if curve.diverged_in is not None:
             ax.plot(x[-1:], y[-1:], label="diverged", gid=member.label, color=line.style["color"], **CROSS)
-    return missing
-
-
-def draw_points(
-    ax: Axes, row: list[Line], reference: list[Curve], panel: str, args: argparse.Namespace, splits: list[int]
-) -> None:
-    """A ring for each point of `reference` of a network that is in the row with the published settings."""
-    published = {line.curve.member.label: line for line in row if line.curve.is_published}
     for curve in reference:
-        line = published.get(curve.member.label)
-        if line and panel in curve.values and not args.x:
-            x, y = x_values(curve, args, splits), curve.values[panel]
-            ax.plot(x, y, label="published", gid=curve.member.label, color=line.style["color"], **RING)
+        if curve.member.label in published and panel in curve.values:
+            x, colour = x_values(curve, args, splits), published[curve.member.label]
+            ax.plot(x, curve.values[panel], label="published", gid=curve.member.label, color=colour, **RING)
+    return missing
 
 
 def x_values(curve: Curve, args: argparse.Namespace, splits: list[int]) -> np.ndarray:
     """Where a curve's evaluations lie on the x axis, (evaluations,); NaN if not on it.
 
-    Of one split, the CNN begins there, unless epochs are counted from its start.
+    Of one split, the CNN begins there, unless epochs count from its start. On an axis of losses, a network is shown
+    where its loss is the lowest so far.
     """
     first = splits[0] if curve.member.is_cnn and len(splits) == 1 else 0
-    if args.x:
-        x = curve.values.get(args.x, np.full(len(curve.own_epochs), np.nan))
-        return np.where(curve.own_epochs < first, np.nan, x)
-    if args.own_epochs:
-        return np.where(curve.own_epochs < first, np.nan, curve.own_epochs - first)
-    epochs = curve.own_epochs + curve.member.split
-    return np.where(epochs < args.log_epochs, np.nan, epochs)  # an axis that is logarithmic has no epoch 0
+    x = curve.values.get(args.x or "checkpoints", np.full(len(curve.own_epochs), np.nan))
+    if falls(args.x):
+        x = np.where(x > np.fmin.accumulate(x), np.nan, x)
+    if args.own_epochs or args.x:
+        return np.where(curve.own_epochs < first, np.nan, x - first if args.own_epochs else x)
+    x = x + curve.member.split
+    return np.where(x < args.log_epochs, np.nan, x)  # no logarithm of 0
 
 
 def falls(key: str | None) -> bool:
@@ -296,7 +284,7 @@ def set_x_axis(axes: np.ndarray, args: argparse.Namespace) -> None:
     if ax.get_xscale() != "linear":
         ax.xaxis.set_major_formatter("{x:g}")
     if args.x:
-        label = label_of(args.x)
+        label = label_of(args.x) + (", where lowest so far" if falls(args.x) else "")
         ax.xaxis.set_inverted(falls(args.x))
     for ax in axes[-1]:
         ax.set_xlabel(label)
@@ -423,6 +411,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise Stop("name runs to plot, or checkpoints with --margins")
     if args.margins and (args.run or args.table or args.csv or args.reference):
         raise Stop("--margins stands alone: no runs, --table, --csv or --reference with it")
+    if args.x and args.reference:
+        raise Stop("--reference: the published points have epochs, so give no --x with it")
     if args.margins and args.margin not in MARGINS:
         raise Stop(f"--margin {args.margin}: with --margins, {' or '.join(MARGINS)}")
     if sum(map(bool, (args.x, args.own_epochs, args.log_epochs))) > 1:

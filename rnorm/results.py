@@ -145,13 +145,10 @@ def grouped(curves: list[Curve], margin: str) -> list[list[Curve]]:
         settings = dataclasses.replace(curve.member.settings, seed=0)
         group = groups.setdefault((settings, curve.data_sha256), [])
         group.append(Curve(curve.member, curve.data_sha256, values, diverged_in))
-    return [sorted(group, key=place) for group in groups.values()]
-
-
-def place(curve: Curve) -> tuple:
-    """Where a network comes among those of its group."""
-    member = curve.member
-    return not member.is_cnn, member.split, member.conversion != "lc", member.conversion, member.settings.seed
+    for group in groups.values():
+        group.sort(key=lambda c: (c.member.split, c.member.title != "eLCN", c.member.title, c.member.settings.seed))
+        group.sort(key=lambda c: not c.member.is_cnn)
+    return list(groups.values())
 
 
 def by_network(group: list[Curve]) -> list[list[Curve]]:
@@ -196,18 +193,15 @@ def best(groups: list[list[Curve]]) -> str:
     rows = []
     for group, difference in zip(groups, differences(groups)):
         for title in dict.fromkeys(curve.member.title for curve in group):
-            chosen: dict[int, Curve] = {}  # of each seed
-            for curve in group:
-                seed = curve.member.settings.seed
-                if curve.member.title == title and len(curve.values["test_acc"]):
-                    chosen[seed] = max(chosen.get(seed, curve), curve, key=lambda c: max(c.values["test_acc"]))
-            highest, last, where = [], [], []
+            curves = [curve for curve in group if curve.member.title == title and len(curve.own_epochs)]
+            curves.sort(key=lambda curve: max(curve.values["test_acc"]))
+            chosen = {curve.member.settings.seed: curve for curve in curves}  # of each seed the last, and highest
+            where = []
             for curve in chosen.values():
-                accuracies = curve.values["test_acc"]
-                highest.append(max(accuracies))
-                last.append(accuracies[-1])
-                split = "" if curve.member.is_cnn else f" from {curve.member.split}"
-                where.append(f"{curve.own_epochs[np.argmax(accuracies)]:.0f}{split}")
+                epoch = f"{curve.own_epochs[np.argmax(curve.values['test_acc'])]:.0f}"
+                where.append(epoch if curve.member.is_cnn else f"{epoch} from {curve.member.split}")
+            highest = [max(curve.values["test_acc"]) for curve in chosen.values()]
+            last = [curve.values["test_acc"][-1] for curve in chosen.values()]
             row = {"differs in": difference} if difference else {}
             row |= {"network": title, "seeds": str(len(chosen)), "highest test accuracy": spread(highest, ".2f")}
             rows.append(row | {"at own epoch": ", ".join(where), "its last": spread(last, ".2f")})

@@ -173,7 +173,7 @@ def converted_members(run: Path, settings: Settings) -> list[Member]:
 
 def has_files_of_a_run(directory: Path) -> bool:
     """Whether a directory is a run's, with config.json or without."""
-    return any(next(directory.glob(name), None) for name in ("config.json*", "*.hist", "*.pyT"))
+    return any(next(directory.glob(name), None) for name in ("config.json*", "evaluation-history.hist", "*.pyT"))
 
 
 def read_config(run: Path) -> tuple[Settings, dict]:

@@ -17,7 +17,7 @@ from rnorm import cli
 from rnorm.conversions import fully_connect, lift, untie
 from rnorm.data import Data
 from rnorm.measure import evaluate
-from rnorm.runs import Settings
+from rnorm.runs import Settings, has_files_of_a_run
 from small_study import run as study
 from small_study import small_cnn
 
@@ -49,22 +49,48 @@ def test_the_ends_of_a_path_are_what_the_runs_recorded(method, run, tmp_path):
     out = tmp_path / "new" / "path"
     flags = ["--method", method, "--points", 3, "--epochs", 1, "--out", out]
     assert interpolated(file_of(run, ""), file_of(run, "lc"), *flags) == 0
-    path = torch.load(out / "path.hist", weights_only=True)
-    assert path["alpha"] == [0, 0.5, 1]
+    (file,) = out.glob("*.hist")
+    assert file.name == f"{method}-small_1-to-small_lc_version_0_1.hist"
+    path = torch.load(file, weights_only=True)
+    ends = {"method": method, "a": str(file_of(run, "")), "b": str(file_of(run, "lc"))}
+    assert {key: path.pop(key) for key in ends} == ends and path["alpha"] == [0, 0.5, 1]
     for i, history in ((0, run), (-1, run / "small_lc_version_0")):
         recorded = torch.load(history / "evaluation-history.hist", weights_only=True)
         assert set(path) == {"alpha"} | set(recorded) - {"checkpoints"}
         for key in set(path) - {"alpha"}:
             assert path[key][i] == pytest.approx(recorded[key][-1], rel=1e-5, abs=1e-6, nan_ok=True), key
-    assert math.isnan(path["norm"][1]) == (method == "average")
-    rows = list(csv.DictReader((out / "path.csv").open()))
+    for key in ("norm", "log_prod_spectral", "log_path1", "untied"):
+        assert math.isnan(path[key][1]) == (method == "average")
+    rows = list(csv.DictReader(file.with_suffix(".csv").open()))
+    assert all(row[key] == end for row in rows for key, end in ends.items())
     assert all([float(row[key]) for row in rows] == pytest.approx(path[key], nan_ok=True) for key in path)
-    assert (out / "path.png").read_bytes()[:4] == b"\x89PNG"
+    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_path_leads_from_any_network_of_a_run_to_any_other_and_lies_beside_it(run):
     assert interpolated(file_of(run, "fc"), file_of(run, "lc1"), "--points", 2) == 0
-    assert "nonlocal" in torch.load(file_of(run, "lc1").parent / "path.hist", weights_only=True)
+    path = file_of(run, "lc1").parent / "linear-small_fc_version_0_1-to-small_lc1_version_0_1.hist"
+    assert "nonlocal" in torch.load(path, weights_only=True)
+
+
+def test_a_path_never_replaces_that_of_other_checkpoints_or_of_another_method(run, tmp_path, capsys):
+    pair, out = [file_of(run, ""), file_of(run, "lc")], ["--points", 2, "--out", tmp_path / "out"]
+    assert interpolated(*pair, *out) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    ends_with("name another --out", [copy_of(run, tmp_path / "copy"), pair[1], *out], capsys)
+    assert interpolated(*pair, *out, "--method", "curvilinear") == 0 == interpolated(*pair[::-1], *out)
+    assert {path: path.read_bytes() for path in before} == before and len([*(tmp_path / "out").iterdir()]) == 9
+    assert not has_files_of_a_run(tmp_path / "out")  # a run may begin there
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(interpolate, "load_network", lambda file: pytest.fail("a network was loaded"))
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")  # root may write anywhere
+
+    monkeypatch.setattr(interpolate.tempfile, "TemporaryFile", refuse)
+    ends_with("cannot be written", [file_of(run, ""), file_of(run, "lc"), "--out", tmp_path], capsys)
 
 
 def linear(*weights: float) -> nn.Sequential:
