@@ -157,7 +157,7 @@ def draw(groups: list[list[Curve]], args: argparse.Namespace, reference: list[Cu
     title = args.title or ", ".join(dict.fromkeys(row[0].curve.member.settings.dataset for row in rows))
     if len(splits) == 1:
         title += f", split at epoch {splits[0]}"
-    if any(key.endswith("_normalized") for key in (*args.panels, args.x)):
+    if any(key.endswith("_normalized") for key in (*args.panels, args.x or "")):
         title += f", {args.margin} margin"
     heads = [""] if args.overlay else differences([[line.curve for line in row] for row in rows])
     fig, axes = lay_out(heads, len(args.panels), title)

@@ -136,9 +136,9 @@ def test_only_cifar_10_with_the_published_settings_is_the_published_study(tmp_pa
     shipped = json.loads(next(REFERENCE.parent.glob("published/*/config.json")).read_text())["data_sha256"]
     assert published("a") and published("b", seed=3, precision="float64", splits=(1,))
     assert published("c", shipped, dataset="cifar10.npz") and not published("d", dataset="cifar10.npz")
-    others = [("dataset", "cifar100"), ("network", "alexnetprime"), ("batch_size", 100), ("cnn_lr", 0.1),
-              ("lc_lr", 0.05), ("shuffle", True), ("momentum", 0.9), ("weight_decay", 0.1), ("data_size", 9)]  # fmt: skip
-    for name, value in others:
+    others = {"dataset": "cifar100", "network": "alexnetprime", "batch_size": 100, "cnn_lr": 0.1, "lc_lr": 0.05,
+              "shuffle": True, "momentum": 0.9, "weight_decay": 0.1, "data_size": 9}  # fmt: skip
+    for name, value in others.items():
         assert not published(name, **{name: value})
 
 
