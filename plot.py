@@ -161,12 +161,13 @@ def draw(groups: list[list[Curve]], args: argparse.Namespace, reference: list[Cu
         title += f", {args.margin} margin"
     heads = [""] if args.overlay else differences([[line.curve for line in row] for row in rows])
     fig, axes = lay_out(heads, len(args.panels), title)
-    set_x_axis(axes, args)
     missing = []
     for column, panel in zip(axes.T, args.panels):
         for ax, row in zip(column, rows):
             comparable = args.margin == "published" or not panel.endswith("_normalized")
             missing += draw_lines(ax, row, reference if comparable else [], panel, args, splits)
+    set_x_axis(axes, args)
+    for column, panel in zip(axes.T, args.panels):
         set_y_axes(column, panel)
     if scale:
         add_bar(axes[0, -1], splits, scale)
@@ -272,20 +273,21 @@ def falls(key: str | None) -> bool:
 
 
 def set_x_axis(axes: np.ndarray, args: argparse.Namespace) -> None:
-    """The scale that all panels share, and its label below the last row."""
+    """The scale that all panels share, once lines are drawn, and its label below the last row."""
     ax, label = axes[0, 0], "epochs"
     if args.own_epochs:
         ax.set_xscale("symlog", linthresh=1, linscale=0.4)
         label = "epochs since the split"
-    elif args.log_epochs or falls(args.x):
+    elif args.x:
+        ax.xaxis.set_inverted(falls(args.x))
+        label = label_of(args.x) + (", where lowest so far" if falls(args.x) else "")
+    if args.log_epochs or falls(args.x):
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        low, high = sorted(ax.get_xlim())
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
         ax.xaxis.set_minor_formatter("")
     if ax.get_xscale() != "linear":
         ax.xaxis.set_major_formatter("{x:g}")
-    if args.x:
-        label = label_of(args.x) + (", where lowest so far" if falls(args.x) else "")
-        ax.xaxis.set_inverted(falls(args.x))
     for ax in axes[-1]:
         ax.set_xlabel(label)
 
