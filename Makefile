@@ -1,9 +1,16 @@
-# make demo, make test: on a fresh machine with Python 3.10 or newer, set-up included.
+# On a fresh machine with Python 3.10 or newer, set-up included:
+#   make demo          a small study on the CPU and its figure
+#   make test          all tests
+#   make test-oldest   those of the layer, the step and a study, on the oldest torch allowed; Python 3.10 to 3.12
+#   make bench         times one training step on the CPU
+#   make gpu           tests the code for CUDA on this machine's GPU and times the study there, in about ten minutes.
+#                      It prints a report in markdown. Please post it on the issues page of this repository.
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO = --dataset synthetic --epochs 12 --splits 1 3 6 --cnn_lr 0.05 --lc_lr 0.01 --batch_size 25
+OLDEST = tests/test_layers.py tests/test_fast.py tests/test_gpu.py tests/test_study.py
 
-.PHONY: demo test lint bench gpu
+.PHONY: demo test test-oldest lint bench gpu
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -12,6 +19,9 @@ demo: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(OLDEST)
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .
@@ -31,4 +41,9 @@ gpu: .venv/installed-tests
 
 .venv/installed-tests: .venv/installed tests/requirements.txt
 	$(BIN)/pip install --quiet --requirement tests/requirements.txt
+	touch $@
+
+.venv-oldest/installed: tests/requirements-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --requirement tests/requirements-oldest.txt
 	touch $@

@@ -1,6 +1,7 @@
 """Convert a run's CNN, by default into locally connected networks (eLCNs), and train on from there.
 
     python convert.py RUN [--split 28 ...] [--convert_to lc tied cnn ...]
+    python convert.py RUN --evaluate        train nothing; add new quantities of `evaluate` to the histories of a run
 
 RUN is a directory that experiments.py made; its settings come from RUN/config.json. All of the run's splits are
 converted unless some are named. Several processes may train different networks of one run at once.
@@ -10,23 +11,47 @@ import copy
 import sys
 from pathlib import Path
 
-from rnorm.cli import COMPLETE, DIVERGED, Parser, Stop, check_signals, finish, note_signals
+from rnorm.cli import COMPLETE, DIVERGED, Parser, Stop, finish
+from rnorm.signals import check_signals, note_signals
 
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from models import size_of
-from rnorm.checkpoints import Track, past_divergence, recorded
-from rnorm.conversions import find_conversion, layers_of
+from models import make_network
+from rnorm.conversions import find_conversion
 from rnorm.data import Data
-from rnorm.files import RnormError, lock_directory
+from rnorm.devices import describe, set_precision, several_gpus_note
+from rnorm.fast import streamline
+from rnorm.files import Damaged, RnormError, lock_directory
 from rnorm.flags import add_training_flags, data_of_run, open_device
-from rnorm.measure import logits_of
-from rnorm.runs import Member, Settings, read_config
-from train import Progress, begin, cnn_track, make_step, start_cnn, train, train_epoch
+from rnorm.history import completed
+from rnorm.measure import evaluate, logits_of
+from rnorm.progress import Progress
+from rnorm.runs import Member, Settings, compare_config, converted_members, environment, read_config, write_config
+from rnorm.store import Store, good_history, load, load_history, load_weights, past_divergence
+from train import SGD, Training, make_step, start_cnn, train, train_epoch
+
+
+def begin(run: Path, settings: Settings, data: Data, dataset_file: str | None, plan_only: bool = False) -> None:
+    """Write the run's config.json, or compare with it, and set the precision of products; for a plan only compare.
+
+    Raises RnormError if the run there is another.
+    """
+    device = data.x_train.device
+    layers = [repr(layer) for layer in make_network(settings.network, data.num_classes, data.image_shape)]
+    identity = {"data_sha256": data.sha256, "layers": layers}
+    set_precision(settings.precision)
+    if plan_only:
+        compare_config(run, settings, identity)
+        return
+    made = {"dataset_file": dataset_file, "normalisation": {"mean": list(data.mean), "std": list(data.std)}}
+    write_config(run, settings, identity | made | environment(describe(device), torch.get_num_threads()))
+    if note := several_gpus_note(device):
+        print(f"{note}; docs/cluster.md tells how to use more")
 
 
 def largest_difference(a: nn.Module, b: nn.Module, x: torch.Tensor) -> float:
@@ -35,19 +60,27 @@ def largest_difference(a: nn.Module, b: nn.Module, x: torch.Tensor) -> float:
     return ((others - logits).abs().max() / logits.abs().max()).item()
 
 
-def trained_cnn(cnn: Member, epoch: int, data: Data) -> nn.Module:
+def trained_cnn(cnn: Member, epoch: int, data: Data) -> nn.Sequential:
     """The run's CNN after `epoch` epochs.
 
     Where its checkpoint is gone or damaged, the epochs from the one before are repeated, and nothing is written.
     """
-    track = cnn_track(cnn, data)
-    track.restore_before(epoch)
-    if track.epoch < epoch:
-        print(f"CNN: {cnn.checkpoint(epoch).name} is not on disk; its epochs from {track.epoch} on are repeated")
-        step = make_step(track, data)
-        while track.epoch < epoch:
-            train_epoch(track, step, data)
-    return track.model
+    training = start_cnn(cnn, data)
+    Store(cnn, data).restore_before(training, epoch)
+    if training.epoch < epoch:
+        print(f"CNN: {cnn.checkpoint(epoch).name} is not on disk; its epochs from {training.epoch} on are repeated")
+        take_step = make_step(streamline(training.net, data.image_shape), training.sgd, cnn.settings.batch_size)
+        while training.epoch < epoch:
+            train_epoch(training, take_step, data)
+    return training.net
+
+
+def start_converted(member: Member, cnn: nn.Sequential, data: Data) -> Training:
+    """The training of what a conversion makes of `cnn`, at its start."""
+    conversion, shape = find_conversion(member.conversion), data.image_shape
+    net, settings = conversion.convert(cnn, shape), member.settings
+    rates = conversion.rates(net, shape, member.lr)
+    return Training(member, net, SGD(net, rates, member.lr, settings.momentum, settings.weight_decay))
 
 
 def convert_and_train(member: Member, data: Data, keep: str | None, progress: Progress) -> bool:
@@ -57,22 +90,23 @@ def convert_and_train(member: Member, data: Data, keep: str | None, progress: Pr
     converted network does not compute the CNN's function on a batch of the training data.
     """
     check_signals()
-    cnn, conversion = Member(member.run, member.settings), find_conversion(member.conversion)
-    path, history = cnn.checkpoint(member.split), recorded(cnn)
+    cnn = Member(member.run, member.settings)
+    path, history = cnn.checkpoint(member.split), good_history(cnn)
     if not path.exists() and (history is None or member.split not in history["checkpoints"]):
         raise RnormError(f"{path} does not exist; train the CNN that far first (experiments.py)")
-    model = conversion.convert(start_cnn(member.settings, data), data.image_shape)
-    rates = conversion.rates(layers_of(model), data.image_shape, member.lr)
-    track = Track(member, model, rates, keep or conversion.keep)
-    with lock_directory(member.directory):
-        track.restore()
-        if not track.history:  # only now is the CNN's checkpoint needed
+    with lock_directory(member.directory) as lock:
+        store = Store(member, data, lock, keep or find_conversion(member.conversion).keep)
+        training = None
+        if member.history_file.exists() or store.checkpoints():  # its weights come from its own files
+            training = start_converted(member, start_cnn(cnn, data).net, data)
+            store.restore(training)
+        if training is None or not training.history:
             tied = trained_cnn(cnn, member.split, data)
-            model.load_state_dict(conversion.convert(tied, data.image_shape).state_dict())
-            difference = largest_difference(tied, model, data.x_train[: member.settings.batch_size])
+            training = start_converted(member, tied, data)
+            difference = largest_difference(tied, training.net, data.x_train[: member.settings.batch_size])
             if not difference <= 1e-9:
                 raise Stop(f"{member.label}: its logits differ from the CNN's by {difference:.1e} of the largest")
-        return train(track, data, progress)
+        return train(training, store, data, progress)
 
 
 def convert_run(members: list[Member], data: Data, keep: str | None, progress: Progress) -> int:
@@ -94,14 +128,55 @@ def convert_run(members: list[Member], data: Data, keep: str | None, progress: P
 
 
 def members_to_train(run: Path, settings: Settings, conversions: list[str], splits: list[int]) -> list[Member]:
-    """The converted networks that a command line asks for; raises Stop for a conversion that cannot be."""
+    """The converted networks that a command line asks for; raises Stop for a conversion that there is not."""
     for name in conversions:
         try:
             find_conversion(name)
-            size_of(settings.network, name)
         except ValueError as error:
             raise Stop(f"--convert_to {error}") from None
     return [Member(run, settings, name, split) for name in dict.fromkeys(conversions) for split in sorted(set(splits))]
+
+
+def evaluate_again(member: Member, data: Data, bar: tqdm) -> None:
+    """Evaluate every checkpoint of a network anew and complete its history with what `evaluate` records today.
+
+    What was recorded stays, and is compared; where a checkpoint is gone, new quantities are NaN. Written whole, at the
+    end. `bar` is told of every evaluation.
+    """
+    cnn = Member(member.run, member.settings)
+    with lock_directory(member.directory) as lock:
+        history, store = load_history(member), Store(member, data, lock)
+        if history is None:
+            return
+        training = start_cnn(cnn, data)
+        if not member.is_cnn:
+            training = start_converted(member, training.net, data)
+        net, fast = training.net, streamline(training.net, data.image_shape)
+        measured = {}  # an epoch to what is recorded of it today
+        for epoch in history["checkpoints"]:
+            try:
+                load_weights(net, load(member.checkpoint(epoch)))
+                measured[epoch] = evaluate(net, fast, data)
+            except (FileNotFoundError, Damaged):
+                pass
+            bar.update()
+        history, differing = completed(history, measured)
+        store.write_history(history)
+    bar.clear()
+    gone = len(history["checkpoints"]) - len(measured)
+    print(f"{member.label}: {len(measured)} evaluations measured again" + (f"; {gone} have no checkpoint" * bool(gone)))
+    for key, (count, largest) in differing.items():
+        print(f"  {key} differs at {count}, by up to {largest:.3g}; the old values stay. Record it under another name")
+
+
+def evaluate_run(run: Path, settings: Settings, data: Data) -> int:
+    """`evaluate_again` for every network of a run; returns the exit status."""
+    members = [Member(run, settings), *converted_members(run, settings)]
+    count = sum(len((good_history(member) or {"checkpoints": []})["checkpoints"]) for member in members)
+    with tqdm(total=count, unit="evaluations", disable=None, leave=False) as bar:
+        for member in members:
+            evaluate_again(member, data, bar)
+    return COMPLETE
 
 
 def main(argv: list[str]) -> int:
@@ -111,6 +186,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--split", type=int, nargs="+", metavar="EPOCH", help="split epochs (default: all of the run's)"
     )
+    parser.add_argument(
+        "--evaluate", action="store_true",
+        help="train nothing; evaluate all checkpoints of RUN again, and add to its histories what they lack",
+    )  # fmt: skip
     add_training_flags(parser)
     args = parser.parse_args(argv)
     settings, config = read_config(args.run)
@@ -120,6 +199,8 @@ def main(argv: list[str]) -> int:
     members = members_to_train(args.run, settings, args.convert_to, splits)
     data = data_of_run(args.run, args.data_dir, open_device(args.device))
     begin(args.run, settings, data, config.get("dataset_file"))
+    if args.evaluate:
+        return evaluate_run(args.run, settings, data)
     return convert_run(members, data, args.keep, Progress(members, len(data.x_train)))
 
 

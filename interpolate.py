@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from rnorm.cli import COMPLETE, Parser, Stop, check_signals, finish, note_signals, writing
+from rnorm.cli import COMPLETE, Parser, Stop, finish, writing
+from rnorm.signals import check_signals, note_signals
 
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
@@ -29,17 +30,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import load_network
-from rnorm.checkpoints import save
-from rnorm.conversions import layers_of, lift
+from rnorm.conversions import lift
 from rnorm.data import Data
 from rnorm.devices import set_precision
-from rnorm.fast import Step, streamline
+from rnorm.fast import streamline
 from rnorm.files import write_file
 from rnorm.flags import add_data_flags, data_of_run, member_of, open_device
 from rnorm.measure import evaluate
 from rnorm.results import csv_rows, to_csv
 from rnorm.runs import Member, Settings, read_config
-from train import epoch_order
+from rnorm.store import save
+from train import SGD, epoch_order, sgd_step
 
 
 @torch.no_grad()
@@ -63,16 +64,17 @@ class Average(nn.ModuleList):
 def train_string(nets: list[nn.Sequential], data: Data, settings: Settings, epochs: int, stiffness: float) -> None:
     """Each batch is a step of all but the ends; then their weights w move by stiffness (previous + next - 2 w)."""
     x, y, size = data.x_train, data.y_train, settings.batch_size
-    # Each point would keep a CUDA graph of its own, and its memory.
-    steps = [Step(net.train(), data.image_shape, settings.lc_lr, size, graph=False) for net in nets[1:-1]]
+    inner = [(streamline(net.train(), data.image_shape), net) for net in nets[1:-1]]
+    # No CUDA graphs: each point would keep one of its own, and its memory.
+    optimizers = [(fast, SGD(net, [settings.lc_lr for _ in net.parameters()], settings.lc_lr)) for fast, net in inner]
     for epoch in range(epochs):
         if (order := epoch_order(len(x), settings, epoch)) is not None:
             order = order.to(x.device)
         for start in tqdm(range(0, len(x), size), f"epoch {epoch + 1} of {epochs}", disable=None):
             check_signals()
             batch = slice(start, start + size) if order is None else order[start : start + size]
-            for step in steps:
-                step(x[batch], y[batch])
+            for net, sgd in optimizers:
+                sgd_step(net, sgd, x[batch], y[batch])
             with torch.no_grad():
                 for weights in zip(*(net.parameters() for net in nets)):
                     moves = [a + c - 2 * b for a, b, c in zip(weights, weights[1:], weights[2:])]
@@ -157,7 +159,7 @@ def main(argv: list[str]) -> int:
     device = open_device(args.device)
     identity = {"method": args.method} | dict(zip("ab", (str(file.resolve()) for file in args.files)))
     file = open_output(args.out or args.files[1].parent, identity)
-    ends = [layers_of(load_network(file)).to(device, memory_format=torch.channels_last) for file in args.files]
+    ends = [load_network(file).to(device, memory_format=torch.channels_last) for file in args.files]
     data = data_of_run(last.run, args.data_dir, device)
     set_precision(last.settings.precision)
     a, b = lift(*ends, data.image_shape)

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rnorm.cli import COMPLETE, Parser, Stop, check_signals, finish, note_signals, writing
+from rnorm.cli import COMPLETE, Parser, Stop, finish, writing
+from rnorm.signals import check_signals, note_signals
 
 if __name__ == "__main__":
     note_signals()  # torch and matplotlib take seconds to import; a signal in that time must not be lost

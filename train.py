@@ -1,104 +1,219 @@
-"""Training: one network, from wherever it stands to its last epoch, recorded and saved on the way."""
+"""Training: the step of SGD, an epoch, and a network from wherever it stands to its last epoch.
 
-import io
+To change what is learned, change `sgd_step`: the loss, its backward pass and the update are there, and nowhere else.
+A schedule of the learning rate is a line at the top of `train_epoch`, such as
+`training.sgd.factor = 0.1 if training.epoch >= 100 else 1.0`.
+"""
+
+import contextlib
+import functools
 import math
 import sys
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
-from tqdm import tqdm
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from models import make_network, size_of
-from rnorm.checkpoints import Track
-from rnorm.cli import ENVIRONMENT, Stop, check_signals, is_out_of_memory, note_progress
+from models import make_network
+from rnorm.cli import ENVIRONMENT, Stop
 from rnorm.data import Data
-from rnorm.devices import describe, set_precision, several_gpus_note
-from rnorm.fast import Step
+from rnorm.fast import Captured, keep_freed_memory, streamline
+from rnorm.files import is_out_of_memory
+from rnorm.history import History, append, append_divergence, has_diverged, has_ended
+from rnorm.layers import LocallyConnected2d
 from rnorm.measure import evaluate
-from rnorm.runs import Member, Settings, environment, write_config
+from rnorm.progress import Progress
+from rnorm.runs import Member, Settings
+from rnorm.signals import check_signals
+from rnorm.store import Store, check_tensor, copied
 
 
-def work_of(member: Member, images: int) -> int:
-    """The FLOP that all of a network's training takes, with `images` in an epoch."""
-    _, flop = size_of(member.settings.network, member.conversion)
-    return member.epochs * images * flop
+class SGD:
+    """Stochastic gradient descent with a learning rate for each parameter.
 
+    For a parameter w with gradient g and velocity v, which begins at 0:
+        v <- momentum * v + g + weight_decay * (lr / rate) * w
+        w <- w - factor * rate * v
+    The same as `torch.optim.SGD`, bit for bit, but for the decay: it is that of the network's own rate `lr`, so a tied
+    filter, whose rate is lower, decays no slower than the filters of its eLCN. Source of the rule: Sutskever et al.
+    (2013), "On the importance of initialization and momentum in deep learning", in torch's form.
 
-class Progress:
-    """What a person sees: one bar for all that a command trains, in FLOP; in a file, a line for each evaluation.
+    Args:
+        net: the network; the steps change its parameters. Those without a gradient stay as they are.
+        rates: a learning rate for each of net.parameters(), in that order. Raises ValueError for another number.
+        lr: the learning rate of the network as a whole.
 
-    `members` are trained in their order, with `images` in an epoch. What was done before counts as done, but not at
-    this speed, so tqdm's estimate is the time to the end of everything.
+    Attributes:
+        factor: multiplies all rates; a schedule sets it.
     """
 
-    def __init__(self, members: list[Member], images: int):
-        self.images, self.terminal = images, sys.stdout.isatty()
-        self.flop = {member: size_of(member.settings.network, member.conversion)[1] for member in members}  # an image's
-        self.bar = tqdm(
-            total=sum(work_of(member, images) for member in members),
-            unit="FLOP", unit_scale=True, smoothing=0, dynamic_ncols=True,
-            file=sys.stdout if self.terminal else io.StringIO(), bar_format=None if self.terminal else "{remaining}",
-            leave=False, delay=0.01,  # until there is something to show, messages have the line
-        )  # fmt: skip
+    def __init__(self, net: nn.Sequential, rates: list[float], lr: float, momentum: float = 0, weight_decay: float = 0):
+        self.parameters, self.rates, self.factor = list(net.parameters()), rates, 1.0
+        if len(rates) != len(self.parameters):
+            raise ValueError(f"{len(rates)} learning rates for {len(self.parameters)} parameters")
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.groups: dict[float, list[int]] = {}  # a rate to the parameters that have it, by their numbers
+        for i, rate in enumerate(rates):
+            self.groups.setdefault(rate, []).append(i)
+        self.velocities: dict[int, Tensor] = {}
+        if momentum:
+            self.velocities = {i: torch.zeros_like(p) for i, p in enumerate(self.parameters) if p.requires_grad}
+        self.untied = [layer for layer in net if isinstance(layer, LocallyConnected2d)]
+        if momentum or weight_decay:
+            self.untied = []
 
-    def begin(self, track: Track) -> None:
-        """Show the network of `track`, and count as done what it has done."""
-        self.member = track.member
-        done = work_of(self.member, self.images)
-        if not track.ended:
-            images = track.epoch * self.images + track.step * self.member.settings.batch_size
-            done = images * self.flop[self.member]
-        self.bar.n += done
-        self.bar.initial += done
-        place = list(self.flop).index(self.member) + 1
-        self.name = f"{self.member.label} ({place} of {len(self.flop)})"
-        self.bar.set_description(self.name, refresh=False)
+    @contextlib.contextmanager
+    def within_backward(self) -> Iterator[None]:
+        """In a forward pass within it, untied layers are told to take their weights' steps in the backward pass.
 
-    def stepped(self, images: int) -> None:
-        note_progress()
-        self.bar.update(images * self.flop[self.member])
+        So their gradients, the largest tensors of all, are never stored. Only in plain SGD.
+        """
+        rates = dict(zip(map(id, self.parameters), self.rates))
+        try:
+            for layer in self.untied:
+                layer.fused_step = self.factor * rates[id(layer.weight)]
+            yield
+        finally:
+            for layer in self.untied:
+                layer.fused_step = None
 
-    def recorded(self, track: Track, values: dict[str, float]) -> None:
-        note_progress()
-        text = f"epoch {track.epoch}/{self.member.epochs}"
-        text += f", loss {values['train_loss']:.3f}, test {values['test_acc']:.2f} %"
-        if self.terminal:
-            self.bar.set_postfix_str(text)
-        else:
-            print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self.name}: {text}, {self.bar} left in all", flush=True)
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for rate, group in self.groups.items():
+            group = [i for i in group if self.parameters[i].grad is not None]
+            weights = [self.parameters[i] for i in group]
+            updates = [weight.grad for weight in weights]
+            if not weights:
+                continue
+            if self.weight_decay:
+                updates = torch._foreach_add(updates, weights, alpha=self.weight_decay * (self.lr / rate))
+            if self.momentum:
+                velocities = [self.velocities[i] for i in group]
+                torch._foreach_mul_(velocities, self.momentum)
+                torch._foreach_add_(velocities, updates)
+                updates = velocities
+            torch._foreach_sub_(weights, updates, alpha=self.factor * rate)
 
-    def skip(self, member: Member) -> None:
-        """Leave out a network that will not be trained."""
-        self.bar.total -= work_of(member, self.images)
+    def numbered(self) -> list[int]:
+        """The parameters' numbers in the order of `torch.optim.SGD`, which is that of the groups."""
+        return [i for group in self.groups.values() for i in group]
+
+    def state_dict(self) -> dict:
+        """As that of `torch.optim.SGD` with a group for each rate; a copy, on the CPU."""
+        off = {"dampening": 0, "nesterov": False, "maximize": False, "foreach": None, "differentiable": False}
+        groups, count = [], 0
+        for rate, group in self.groups.items():
+            numbers, decay = list(range(count, count + len(group))), self.weight_decay * (self.lr / rate)
+            groups.append({"lr": rate, "momentum": self.momentum, "weight_decay": decay, **off, "fused": None})
+            groups[-1]["params"], count = numbers, count + len(group)
+        buffers = {n: self.velocities[i] for n, i in enumerate(self.numbered()) if i in self.velocities}
+        return {"state": {n: {"momentum_buffer": copied(v)} for n, v in buffers.items()}, "param_groups": groups}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take the velocities of a state dict; 0 where it has none."""
+        for n, i in enumerate(self.numbered()):
+            if i in self.velocities:
+                saved = state["state"].get(n)
+                self.velocities[i].copy_(saved["momentum_buffer"]) if saved else self.velocities[i].zero_()
 
 
-def begin(run: Path, settings: Settings, data: Data, dataset_file: str | None) -> None:
-    """Write or compare the run's config.json, and set the precision of products."""
-    device = data.x_train.device
-    layers = [repr(layer) for layer in start_cnn(settings, data).net]
-    config = {"data_sha256": data.sha256, "layers": layers, "dataset_file": dataset_file}
-    write_config(run, settings, config | environment(describe(device), torch.get_num_threads()))
-    set_precision(settings.precision)
-    if note := several_gpus_note(device):
-        print(f"{note}; docs/cluster.md tells how to use more")
+def sgd_step(net: nn.Module, sgd: SGD, x: Tensor, y: Tensor) -> Tensor:
+    """One step on images x (N, C, H, W) and labels y (N,); returns the loss before it, a scalar on the device."""
+    with sgd.within_backward():
+        loss = F.cross_entropy(net(x), y)
+    net.zero_grad()
+    loss.backward()
+    sgd.step()
+    return loss.detach()
 
 
-def start_cnn(settings: Settings, data: Data) -> nn.Module:
-    """The CNN of these settings before any training, on the device of `data`."""
+@dataclass
+class Training:
+    """A network in training, as far as it has come."""
+
+    member: Member
+    net: nn.Sequential
+    sgd: SGD
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the next epoch
+    history: History = field(default_factory=dict)
+
+    def __post_init__(self):
+        parameter = next(self.net.parameters())
+        self.loss = torch.zeros((), dtype=torch.float64, device=parameter.device)  # the sum over this epoch's steps
+        self.random = None  # what dropout draws from
+        if any(isinstance(layer, (nn.Dropout, nn.Dropout2d)) for layer in self.net):
+            self.random = torch.default_generator
+            if parameter.is_cuda:
+                self.random = torch.cuda.default_generators[parameter.device.index]
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train."""
+        return has_ended(self.history, self.member)
+
+    @property
+    def diverged(self) -> bool:
+        return bool(self.history) and has_diverged(self.history)
+
+    @property
+    def due(self) -> bool:
+        """Whether the network is to be evaluated as it stands."""
+        evaluated = self.history.get("checkpoints", [])
+        return self.step == 0 and self.epoch in self.member.evaluations and self.epoch not in evaluated
+
+    def state(self) -> dict:
+        """What to continue from, beside the weights: a copy, whose tensors are the CPU's."""
+        optimizer = self.sgd.state_dict()
+        if (self.epoch, self.step) == (0, 0):
+            optimizer["state"] = {}  # as torch has it before the first step
+        state = {"optimizer": optimizer, "epoch": self.epoch, "step": self.step, "history": self.history}
+        if self.random:
+            state["random"] = self.random.get_state()
+        return state | {"loss": self.loss.item()}
+
+    def check_state(self, state: dict) -> None:
+        """Raise Damaged, or what Python raises, unless `load_state` can take the state."""
+        buffers = {n: self.sgd.velocities[i] for n, i in enumerate(self.sgd.numbered()) if i in self.sgd.velocities}
+        saved = state["optimizer"]["state"] if buffers else {}
+        if saved.keys() != buffers.keys() and (saved or state["epoch"] or state["step"]):
+            raise ValueError("other parameters have a velocity")
+        for n in saved:
+            check_tensor(saved[n]["momentum_buffer"], buffers[n], f"velocity {n}")
+        if self.random and state["random"].shape == self.random.get_state().shape:
+            torch.Generator(self.random.device).set_state(state["random"])
+
+    def load_state(self, state: dict) -> None:
+        """Continue from a state that `check_state` has passed."""
+        self.sgd.load_state_dict(state["optimizer"])
+        if self.random and state["random"].shape == self.random.get_state().shape:  # else it is of another device
+            self.random.set_state(state["random"])
+        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+        self.loss.fill_(state.get("loss", 0.0))
+
+
+def make_step(net: nn.Sequential, sgd: SGD, batch_size: int) -> Captured:
+    """`sgd_step` of a streamlined network, on CUDA as a graph: a function of x and y that returns the loss."""
+    keep_freed_memory()
+    changed = [*net.parameters(), *net.buffers(), *sgd.velocities.values()]
+    return Captured(functools.partial(sgd_step, net, sgd), batch_size, changed, lambda: sgd.factor)
+
+
+def start_cnn(cnn: Member, data: Data) -> Training:
+    """The CNN of a run before any training, on the device of `data`."""
+    settings = cnn.settings
     torch.manual_seed(settings.seed)
-    cnn = make_network(settings.network, data.num_classes)
-    return cnn.to(data.x_train.device, data.x_train.dtype, memory_format=torch.channels_last)
+    net = make_network(settings.network, data.num_classes, data.image_shape)
+    net.to(data.x_train.device, data.x_train.dtype, memory_format=torch.channels_last)
+    torch.manual_seed(settings.seed)  # of dropout
+    rates = [cnn.lr for _ in net.parameters()]
+    return Training(cnn, net, SGD(net, rates, cnn.lr, settings.momentum, settings.weight_decay))
 
 
-def cnn_track(cnn: Member, data: Data) -> Track:
-    """The run's CNN before any training, and its files."""
-    model = start_cnn(cnn.settings, data)
-    return Track(cnn, model, [cnn.lr for _ in model.parameters()])
-
-
-def epoch_order(n: int, settings: Settings, epoch: int) -> torch.Tensor | None:
+def epoch_order(n: int, settings: Settings, epoch: int) -> Tensor | None:
     """The order of the training images in epoch `epoch` of any network; None: as they lie in the data set."""
     if not settings.shuffle:
         return None
@@ -106,40 +221,67 @@ def epoch_order(n: int, settings: Settings, epoch: int) -> torch.Tensor | None:
     return torch.randperm(n, generator=generator)
 
 
-def make_step(track: Track, data: Data) -> Step:
-    size = track.member.settings.batch_size
-    return Step(track.net, data.image_shape, track.rates, batch_size=size, optimizer=track.optimizer)
+def train_epoch(
+    training: Training, take_step: Captured, data: Data, store: Store | None = None, progress: Progress | None = None
+) -> bool:
+    """Train to the end of the epoch that `training` stands in; returns whether the loss is finite.
 
-
-def train(track: Track, data: Data, progress: Progress) -> bool:
-    """Train `track` to its last epoch; returns whether its loss stayed finite.
-
-    Evaluates and checkpoints at the network's evaluations, saves `latest.pyT` now and then and when interrupted. Once
-    per epoch the loss is read from the device and checked: a network that diverged ends there, and its history says so.
-    A network that has ended is not trained.
+    `progress`, if given, is told of every step, and `store`, if given, saves now and then.
     """
-    member = track.member
-    progress.begin(track)
-    if track.ended:
-        print(f"{member.label}: {f'diverged in epoch {track.evaluated[-1]}' if track.diverged else 'complete'}")
-        return not track.diverged
-    if track.history:
-        print(f"{member.label}: continues in epoch {min(track.epoch + 1, member.epochs)}")
-    step = make_step(track, data)
+    x, y, size = data.x_train, data.y_train, training.member.settings.batch_size
+    order = epoch_order(len(x), training.member.settings, training.epoch)
+    if order is not None:
+        order = order.to(x.device)
+    training.net.train()
+    for start in range(training.step * size, len(x), size):
+        check_signals()
+        batch = slice(start, start + size)
+        if order is not None:
+            batch = order[batch]
+        training.loss += take_step(x[batch], y[batch])
+        training.step += 1
+        if progress:
+            progress.stepped(len(y[batch]))
+        if store:
+            store.save_soon(training)
+    training.epoch, training.step = training.epoch + 1, 0
+    finite = math.isfinite(training.loss.item())  # the only time in an epoch that the device is waited for
+    training.loss.zero_()
+    return finite
+
+
+def train(training: Training, store: Store, data: Data, progress: Progress) -> bool:
+    """Train a network to its last epoch; returns whether its loss stayed finite.
+
+    Evaluates and saves it at its evaluations, saves it now and then and when interrupted. A network whose loss is no
+    longer finite ends there, and its history says so. One that has ended is not trained.
+    """
+    member = training.member
+    progress.begin(member, training.epoch, training.step, training.ended)
+    if training.ended:
+        state = f"diverged in epoch {training.history['checkpoints'][-1]}" if training.diverged else "complete"
+        print(f"{member.label}: {state}")
+        return not training.diverged
+    if training.history:
+        print(f"{member.label}: continues in epoch {min(training.epoch + 1, member.epochs)}")
+    fast = streamline(training.net, data.image_shape)
+    take_step = make_step(fast, training.sgd, member.settings.batch_size)
     try:
-        while not track.ended:
-            if track.due:
-                values = evaluate(track.net, step.net, data)
+        while not training.ended:
+            if training.due:
+                values = evaluate(training.net, fast, data)
                 finite = math.isfinite(values["train_loss"] + values["test_loss"])
                 if finite:
-                    track.record(values)
-                    progress.recorded(track, values)
+                    training.history = append(training.history, training.epoch, values)
+                    store.record(training)
+                    progress.recorded(training.epoch, values)
             else:
-                finite = train_epoch(track, step, data, progress)
+                finite = train_epoch(training, take_step, data, store, progress)
             if not finite:
-                track.record_divergence()
+                training.history = append_divergence(training.history, training.epoch)
+                store.record_divergence(training)
     except KeyboardInterrupt:
-        track.save_latest()
+        store.save_latest(training)
         raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -148,33 +290,9 @@ def train(track: Track, data: Data, progress: Progress) -> bool:
         message = f"{member.label}: out of memory; lower --batch_size. What was saved before is intact"
         raise Stop(message, ENVIRONMENT) from None
     finally:
-        track.wait()
+        store.wait()
         progress.bar.clear()
-    if track.diverged:
-        remedy = "lower its learning rate"
-        print(f"{member.label}: the loss is no longer finite in epoch {track.epoch}; {remedy}", file=sys.stderr)
-    return not track.diverged
-
-
-def train_epoch(track: Track, step: Step, data: Data, progress: Progress | None = None) -> bool:
-    """Train to the end of the epoch that `track` stands in; returns whether the loss is finite.
-
-    `progress`, if given, is told of every step, and `latest.pyT` is saved now and then.
-    """
-    x, y, size = data.x_train, data.y_train, track.member.settings.batch_size
-    order = epoch_order(len(x), track.member.settings, track.epoch)
-    if order is not None:
-        order = order.to(x.device)
-    track.net.train()
-    for start in range(track.step * size, len(x), size):
-        check_signals()
-        batch = slice(start, start + size)
-        if order is not None:
-            batch = order[batch]
-        step(x[batch], y[batch])
-        track.step += 1
-        if progress:
-            progress.stepped(len(y[batch]))
-            track.save_now_and_then()
-    track.epoch, track.step = track.epoch + 1, 0
-    return math.isfinite(step.take_loss())
+    if training.diverged:
+        remedy = "lower its learning rate" + (" or --weight_decay" if member.settings.weight_decay else "")
+        print(f"{member.label}: the loss is no longer finite in epoch {training.epoch}; {remedy}", file=sys.stderr)
+    return not training.diverged

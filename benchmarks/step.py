@@ -4,11 +4,9 @@
     python benchmarks/step.py --rounds 3 --skip broadcast        a first look, in a minute
     python benchmarks/step.py --device cuda --precision tf32     on a GPU; not yet run on one
 
-A step is forward, backward and SGD on one batch of 250 images. Before anything is timed, every implementation starts
-from the same weights, and its loss before and after one step has to be the reference's. Then rounds: in each, the
-machine's own matrix product and every implementation, one after another, so that all see the same machine. Ratios are
-taken within a round; medians over the rounds are printed, with the smallest and the largest. Memory, on CUDA, is the
-peak of what torch allocates for two steps, weights included. JAX and tf-keras are optional (requirements.txt).
+A step is forward, backward and SGD on one batch of 250 images. benchmarks/README.md says how it is checked and timed.
+Memory, on CUDA, is the peak of what torch allocates for two steps, weights included. JAX and tf-keras are optional
+(requirements.txt).
 """
 
 import argparse
@@ -21,7 +19,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,8 +33,9 @@ from models import skinnyprime
 from peers import IMAGE, LR, Broadcast, Unavailable, Unfold, autograd_step, jax_step, keras_step, with_layers
 from rnorm.conversions import untie
 from rnorm.devices import pick_device, set_precision
-from rnorm.fast import Step
+from rnorm.fast import streamline
 from rnorm.layers import LocallyConnected2d, layer_shapes
+from train import SGD, make_step
 
 BATCH = 250
 
@@ -47,17 +46,14 @@ def channels_last_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
 
 
 def training_step(net: nn.Sequential, x: Tensor, y: Tensor) -> Callable:
-    net, step = net.to(memory_format=torch.channels_last), Step(net, IMAGE, LR, BATCH)
+    """`train.sgd_step` of the streamlined network, on CUDA as a graph."""
+    net = net.to(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)  # as data.py holds the images
-
-    def take() -> Callable[[], float]:
-        step(x, y)
-        return step.take_loss
-
-    return take
+    step = make_step(streamline(net, IMAGE), SGD(net, [LR] * len(list(net.parameters())), LR), BATCH)
+    return lambda: step(x, y).item
 
 
-OURS = ": as training takes it (`fast.Step`)"
+OURS = ": as training takes it"
 # name: (network, step); a step is built from the network, which it may use up, and a batch
 STEPS = {
     "eLCN: broadcast product and sum": ("eLCN", with_layers(Broadcast)),
@@ -75,7 +71,7 @@ STEPS = {
 def inputs(device: torch.device, network: str) -> tuple[nn.Sequential, Tensor, Tensor]:
     """(the network, images, labels), the same in every call."""
     torch.manual_seed(0)
-    cnn = skinnyprime().net
+    cnn = skinnyprime()
     x, y = torch.randn(BATCH, *IMAGE), torch.randint(10, (BATCH,))
     net = cnn if network == "CNN" else untie(cnn, IMAGE)
     return net.to(device), x.to(device), y.to(device)
@@ -85,8 +81,12 @@ def build(name: str, device: torch.device) -> Callable:
     """The implementation's step; raises Unavailable if it cannot run here."""
     network, make = STEPS[name]
     if "broadcast" in name:
-        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
-        if (torch.cuda.mem_get_info()[0] if device.type == "cuda" else free) < 16e9:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps from implementations before would not count as free
+            free, _ = torch.cuda.mem_get_info()
+        else:
+            free = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+        if free < 16e9:
             raise Unavailable("less than the 16 GB of memory free that it needs")
     return make(*inputs(device, network))
 
@@ -167,11 +167,25 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3g} | {min(values):.3g} .. {max(values):.3g}"
 
 
+@contextlib.contextmanager
+def reasons_noted(name: str, steps: dict[str, Callable], notes: dict[str, str]) -> Iterator[None]:
+    """An implementation that is unavailable or runs out of memory within this context is left out from then on."""
+    try:
+        yield
+    except Unavailable as reason:
+        notes[name] = str(reason)
+    except Exception as error:  # JAX and TensorFlow have errors of their own
+        if not re.search("out of memory|RESOURCE_EXHAUSTED|OOM when|DefaultCPUAllocator", str(error), re.IGNORECASE):
+            raise
+        notes[name] = "out of memory"
+        steps.pop(name, None)
+
+
 def prepare(skip: list[str], device: torch.device, precision: str) -> tuple[dict[str, Callable], dict[str, str]]:
     """The checked implementations whose names have no word of `skip`, and of each the memory, or what is amiss."""
     steps, notes, cuda = {}, {}, device.type == "cuda"
     for name in [name for name in STEPS if not any(word.lower() in name.lower() for word in skip)]:
-        try:
+        with reasons_noted(name, steps, notes):
             set_precision("float32")
             check(name, device)
             set_precision(precision)
@@ -182,20 +196,23 @@ def prepare(skip: list[str], device: torch.device, precision: str) -> tuple[dict
             step()()  # compiles, captures
             step()()
             notes[name] = f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.2f} GB" if cuda else ""
-        except Unavailable as reason:
-            notes[name] = str(reason)
     return steps, notes
 
 
-def measure(steps: dict[str, Callable], rounds: int, slow_rounds: int, device: torch.device) -> list[dict[str, float]]:
+def measure(
+    steps: dict[str, Callable], notes: dict[str, str], rounds: int, slow_rounds: int, device: torch.device
+) -> list[dict[str, float]]:
     """For each round the ceilings, the floors and every step's seconds, by name."""
     net, results = inputs(torch.device("cpu"), "eLCN")[0], []
     for i in range(rounds):
         rate, bandwidth = ceilings(device)
         arithmetic, traffic = floors(net, rate, bandwidth)
-        fast = [name for name in steps if i < slow_rounds or min(r[name] for r in results if name in r) < 2]
-        now = {name: seconds(steps[name]) for name in fast}
-        results.append(now | {"rate": rate, "bandwidth": bandwidth, "arithmetic": arithmetic, "traffic": traffic})
+        now = {"rate": rate, "bandwidth": bandwidth, "arithmetic": arithmetic, "traffic": traffic}
+        for name in list(steps):
+            if i < slow_rounds or min(r[name] for r in results if name in r) < 2:
+                with reasons_noted(name, steps, notes):
+                    now[name] = seconds(steps[name])
+        results.append(now)
     return results
 
 
@@ -229,7 +246,8 @@ def main() -> None:
     device = pick_device(args.device)
     print(machine(device), flush=True)
     steps, notes = prepare(args.skip, device, args.precision)
-    print_table(notes, measure(steps, args.rounds, args.slow_rounds, device), device.type == "cuda")
+    results = measure(steps, notes, args.rounds, args.slow_rounds, device)
+    print_table(notes, results, device.type == "cuda")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How every script starts and ends: its command line, signals and exit statuses.
+"""How every script starts and ends: its command line, what it prints, and its exit status.
 
 Imports neither torch nor numpy: a script notes signals before these have loaded, which takes seconds.
 """
@@ -13,17 +13,16 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
-from rnorm.files import InUse, RnormError
+from rnorm.files import InUse, RnormError, is_out_of_memory
+from rnorm.signals import SIGNALS, Signals, ignore_signals
 
-# Exit statuses of every script.
+# Exit statuses of every script; SIGNALS has those of one that a signal stopped.
 COMPLETE = 0
 ENVIRONMENT = 1  # the environment failed: disk, lock, memory, GPU
 BAD_INPUT = 2
 DIVERGED = 3  # the loss of a network is no longer finite; everything else is complete
-SAVED = 75  # stopped by SIGUSR1 after some progress, to be continued; 130 after SIGINT and 143 after SIGTERM
-
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: SAVED}
 
 
 class Stop(RnormError):
@@ -34,52 +33,8 @@ class Stop(RnormError):
         self.status = status
 
 
-class Signals:
-    """The signals of this process: the first one received, and what is to happen when one comes."""
-
-    received: signal.Signals | None = None
-    at_once = False  # raise wherever it comes, rather than at the next check
-    progress = False  # whether anything was done since the start that the next start need not do again
-
-
-def note_signals() -> None:
-    """From now on, note SIGINT, SIGTERM and SIGUSR1 for `check_signals`; forget those of before, and progress."""
-    Signals.received, Signals.progress = None, False
-    for signum in SIGNALS:
-        signal.signal(signum, _note)
-
-
-def _note(signum: int, _: object) -> None:
-    Signals.received = Signals.received or signal.Signals(signum)
-    if Signals.at_once:
-        raise KeyboardInterrupt
-
-
-def check_signals() -> None:
-    """Raise KeyboardInterrupt if a signal has been noted."""
-    if Signals.received:
-        raise KeyboardInterrupt
-
-
-def note_progress() -> None:
-    """Say that something was done; a job that is stopped before that is not to be continued over and over."""
-    Signals.progress = True
-
-
-@contextlib.contextmanager
-def stopping_at_once() -> Iterator[None]:
-    """For what takes long and leaves nothing to save, such as a download: a signal raises wherever it comes."""
-    before = Signals.at_once
-    try:
-        Signals.at_once = True
-        check_signals()
-        yield
-    finally:
-        Signals.at_once = before
-
-
 class Parser(argparse.ArgumentParser):
-    """The command line. A mistake in it is a Stop. Flags cannot be abbreviated: `--fresh` deletes."""
+    """The command line. A mistake in it is a Stop. Flags cannot be abbreviated."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -95,6 +50,30 @@ class Parser(argparse.ArgumentParser):
         raise Stop(f"{message}; see --help")
 
 
+class Printed:
+    """stdout or stderr, with control characters in what is printed escaped: the name of a file may hold any.
+
+    A terminal that is gone takes what is printed without an error, so that training goes on.
+    """
+
+    def __init__(self, stream: TextIO):
+        stream.reconfigure(errors="backslashreplace")  # nor need a name be valid text
+        self.stream, self.ignored = stream, (OSError,) if stream.isatty() else ()
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(*self.ignored):  # \r at the start is the progress bar's
+            control = r"(?!\A\r)[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+            self.stream.write(re.sub(control, lambda found: found[0].encode("unicode_escape").decode(), text))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(*self.ignored):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
 @contextlib.contextmanager
 def writing(path: Path, remedy: str) -> Iterator[None]:
     """Around writing what the user named: if that fails it is bad input, unless the disk is full."""
@@ -105,54 +84,52 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
         raise Stop(f"{path} cannot be written ({error.strerror or error}); {remedy}", status) from None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the GPU or of the machine; torch has several errors for it, all RuntimeErrors."""
-    words = r"out of memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC(ATION)?_FAILED|DefaultCPUAllocator"
-    if isinstance(error, RuntimeError):
-        return re.search(words, str(error)) is not None
-    return isinstance(error, MemoryError)
-
-
 def finish(main: Callable[[list[str]], int], argv: list[str], saves: bool = True) -> None:
     """Run a script's `main` and exit with its status; every expected failure becomes one line on stderr.
 
     `saves` says whether an interrupted script can be continued with the same command.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # the name of a file need not be valid text
-    message = ""
-    try:
-        status = main(argv[1:])
-        sys.stdout.flush()
-    except Stop as stop:
-        message, status = str(stop), stop.status
-    except InUse as error:
-        message, status = str(error), ENVIRONMENT
-    except RnormError as error:
-        message, status = str(error), BAD_INPUT
-    except KeyboardInterrupt:
-        received = Signals.received or signal.SIGINT
-        message, status = received.name, SIGNALS[received]
-        if not saves:
-            message += ": stopped; nothing was written"
-        elif received == signal.SIGUSR1 and not Signals.progress:
-            message, status = f"{message}: no step was taken since the start; give the job more time", ENVIRONMENT
-        else:
-            command = shlex.join(["python", *(word for word in argv if word != "--fresh")])
-            message += f": saved; continue with: {command}"
-    except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        message, status = f"{name}{error.strerror or error}; what was saved before is intact", ENVIRONMENT
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise  # a mistake in the code, whose traceback is wanted
-        message, status = "out of memory; free some, or use a machine or GPU with more", ENVIRONMENT
-    if message:
-        with contextlib.suppress(OSError):
-            print(f"{Path(argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-; whatever is opened next would take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open to the end
+    with contextlib.redirect_stdout(Printed(sys.stdout)), contextlib.redirect_stderr(Printed(sys.stderr)):
+        try:
+            message, status = "", main(argv[1:])
+            sys.stdout.flush()
+        except BaseException as error:
+            message, status = ending(error, argv, saves)
+        ignore_signals()
+        if message:
+            with contextlib.suppress(OSError):
+                print(f"{Path(argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:  # the disk of the log is full, or nobody reads it; the exit status has to arrive all the same
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
+
+
+def ending(error: BaseException, argv: list[str], saves: bool) -> tuple[str, int]:
+    """The line on stderr and the exit status of a script that `error` ended; raises it if the code is mistaken."""
+    if isinstance(error, KeyboardInterrupt) or Signals.raised:
+        received = Signals.received or signal.SIGINT
+        command = shlex.join(["python", *argv])
+        if not saves:
+            return f"{received.name}: stopped; nothing was written", SIGNALS[received]
+        if Signals.progress:
+            return f"{received.name}: saved; continue with: {command}", SIGNALS[received]
+        if received == signal.SIGUSR1:
+            return "SIGUSR1: nothing new was saved since the start; give the job more time", ENVIRONMENT
+        return f"{received.name}: nothing new was saved since the start; continue with: {command}", SIGNALS[received]
+    if isinstance(error, Stop):
+        return str(error), error.status
+    if isinstance(error, RnormError):
+        return str(error), ENVIRONMENT if isinstance(error, InUse) else BAD_INPUT
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        status = BAD_INPUT if error.errno == errno.ENAMETOOLONG else ENVIRONMENT
+        return f"{name}{error.strerror or error}; what was saved before is intact", status
+    if is_out_of_memory(error):
+        return "out of memory; free some, or use a machine or GPU with more", ENVIRONMENT
+    raise error  # a mistake in the code, whose traceback is wanted, or the end of --help

@@ -23,31 +23,45 @@ from torch import nn
 
 from rnorm.layers import LocallyConnected2d, layer_shapes
 
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid,
+    nn.LogSigmoid, nn.Tanh, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softshrink, nn.Hardshrink,
+    nn.Tanhshrink, nn.Threshold, nn.Identity,
+)  # fmt: skip
+"""Functions of single numbers without parameters: untying does not touch them."""
+
 LAYERS = (
     nn.Conv2d, LocallyConnected2d, nn.ZeroPad2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d,
-    nn.AdaptiveAvgPool2d, nn.ReLU, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.Linear,
+    nn.AdaptiveAvgPool2d, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.Linear, *ACTIVATIONS,
 )  # fmt: skip
-"""The layers that a network may have. Of these we know what untying does to them and how the norms count them."""
+"""The layers that a network may have.
+
+A new one must treat each image by itself and must not rescale the weights of others, as BatchNorm does: their norms
+would mean nothing. If it has weights or pools, `norms` and `path_norm` in rnorm/measure.py must count it.
+"""
 
 
-def check_layers(net: nn.Sequential) -> None:
+def check_layers(net: nn.Sequential, image_shape: tuple[int, ...]) -> None:
     """Raise ValueError, naming the layer, if `net` has any that is not in LAYERS, or one with hooks.
 
-    Also if two of its layers share parameters.
+    Also if two of its layers share parameters, or if the windows of adaptive pooling differ in size.
     """
     for i, layer in enumerate(net):
         if type(layer) not in LAYERS:
-            names = ", ".join(known.__name__ for known in LAYERS)
-            raise ValueError(f"layer {i} is {type(layer).__name__}; a network here is made of {names}")
+            reason = "a network here is a sequence of the LAYERS in rnorm/conversions.py"
+            if "Norm" in type(layer).__name__:
+                reason = "norms of weights mean nothing where a layer rescales them; " + reason
+            raise ValueError(f"layer {i} is {type(layer).__name__}; {reason}, where it says what a new one must fulfil")
         if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
             raise ValueError(f"layer {i}, {layer}, has hooks, such as weight_norm's; they would not be called")
     if sum(len([*layer.parameters()]) for layer in net) > len([*net.parameters()]):
         raise ValueError("two layers share parameters; each has to have its own")
-
-
-def layers_of(model: nn.Module) -> nn.Sequential:
-    """The layers of a network; those of a CNN lie in its attribute `net`."""
-    return getattr(model, "net", model)
+    shapes = layer_shapes(net, image_shape)
+    for i, layer in enumerate(net):
+        adaptive = isinstance(layer, (nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d))
+        if adaptive and any(n % m for n, m in zip(shapes[i][1:], shapes[i + 1][1:])):
+            size = f"{shapes[i][1:]} to {shapes[i + 1][1:]}"
+            raise ValueError(f"layer {i}, {layer}: from {size} windows overlap, which no GPU repeats bit for bit")
 
 
 def convolutions_of(net: nn.Sequential, only: set[int] | None = None) -> set[int]:
@@ -67,7 +81,7 @@ def untie(net: nn.Sequential, image_shape: tuple[int, ...], only: set[int] | Non
     at each position; the other layers are copied. Raises ValueError, naming the layer, for a layer that is not in
     LAYERS or cannot be untied, and for an index in `only` that is no convolution. Source: arXiv:1906.06766, section 2.
     """
-    check_layers(net)
+    check_layers(net, image_shape)
     shapes, untied = layer_shapes(net, image_shape), copy.deepcopy(net)
     for i in convolutions_of(net, only):
         try:
@@ -149,16 +163,16 @@ def tied_rate(net: nn.Sequential, image_shape: tuple[int, ...], lr: float, only:
     return rates
 
 
-def keep_tied(cnn: nn.Module, image_shape: tuple[int, ...], only: set[int] | None = None) -> nn.Module:
+def keep_tied(cnn: nn.Sequential, image_shape: tuple[int, ...], only: set[int] | None = None) -> nn.Sequential:
     """A copy of the CNN; raises ValueError for an index in `only` that is no convolution."""
-    convolutions_of(cnn.net, only)
+    convolutions_of(cnn, only)
     return copy.deepcopy(cnn)
 
 
-def freeze_all_but_last(cnn: nn.Module, image_shape: tuple[int, ...]) -> nn.Module:
-    """A copy of the CNN of which only the last layer's parameters are trained."""
+def freeze_all_but_last(cnn: nn.Sequential, image_shape: tuple[int, ...]) -> nn.Sequential:
+    """A copy of the CNN of which only the last layer with parameters is trained."""
     cnn = copy.deepcopy(cnn).requires_grad_(False)
-    last = [layer for layer in cnn.net if len([*layer.parameters()])][-1]
+    last = [layer for layer in cnn if len([*layer.parameters()])][-1]
     last.requires_grad_(True)
     return cnn
 
@@ -167,20 +181,20 @@ def freeze_all_but_last(cnn: nn.Module, image_shape: tuple[int, ...]) -> nn.Modu
 class Conversion:
     """How a CNN is converted, and how the result is trained.
 
-    `convert` takes a CNN with its layers in `net` and the images' shape (C, H, W); `rates` takes the new network's
-    layers, that shape and a learning rate, and returns a rate for each parameter. Where the name may be followed by
-    indices of layers, both take these as `only`.
+    `convert` takes a CNN and the images' shape (C, H, W); `rates` takes the new network, that shape and a learning
+    rate, and returns a rate for each parameter. Where the name may be followed by indices of layers, both take these as
+    `only`.
     """
 
-    convert: Callable[..., nn.Module]
+    convert: Callable[..., nn.Sequential]
     rates: Callable[..., list[float]] = same_rate
     keep: str = "all"  # or "last": which checkpoints stay on disk, unless told otherwise
     by_layer: bool = False  # whether the name may be followed by indices of layers
 
 
 CONVERSIONS = {
-    "lc": Conversion(lambda cnn, image_shape, only=None: untie(cnn.net, image_shape, only), by_layer=True),
-    "fc": Conversion(lambda cnn, image_shape: fully_connect(cnn.net, image_shape), keep="last"),
+    "lc": Conversion(untie, by_layer=True),
+    "fc": Conversion(fully_connect, keep="last"),
     "tied": Conversion(keep_tied, tied_rate, by_layer=True),
     "cnn": Conversion(keep_tied),
     "head": Conversion(freeze_all_but_last),

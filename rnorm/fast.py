@@ -1,7 +1,7 @@
 """The same network with less work: what makes a training step cost what its arithmetic costs.
 
-`streamline` rewrites a network around its parameters; `Step` takes training steps of one network. Neither changes a
-result beyond rounding (`tests/test_fast.py`); `benchmarks/README.md` has the times.
+`streamline` rewrites a network around its parameters; `Captured` makes a CUDA graph of any step function. Neither
+changes a result beyond rounding (`tests/test_fast.py`); `benchmarks/README.md` has the times.
 """
 
 import contextlib
@@ -9,13 +9,12 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnorm import layers
 from rnorm.layers import Geometry, LocallyConnected2d, layer_shapes, pair
 
 
@@ -36,7 +35,9 @@ class Stage(nn.Module):
         layer = self.layer
         if isinstance(layer, LocallyConnected2d):
             rows, columns = self.outputs
-            x = layer.compute(x, self.padding, (rows, columns if layers.on_cpu(x) else layer.output_size[1]))
+            if x.device.type != "cpu":
+                columns = layer.output_size[1]
+            x = layer.compute(x, self.padding, (rows, columns))
         else:
             x = Geometry(layer.kernel_size, layer.stride, self.padding, layer.dilation, self.outputs).pad(x)
             x = F.conv2d(x, layer.weight, layer.bias, layer.stride, 0, layer.dilation)
@@ -120,101 +121,49 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-class Step:
-    """One training step of a network: `step(x, y)` for x of shape (N, C, H, W) and labels y (N,).
+class Captured:
+    """Any step function, on CUDA captured once as a CUDA graph and replayed: `step(x, y)`, with a scalar as its result.
 
     Args:
-        net: the network, whose parameters the steps change.
-        image_shape: (C, H, W).
-        lr: the learning rate of plain SGD, or a list of them, one for each of net.parameters(), in that order.
-        batch_size: images in a whole batch.
-        optimizer: if given, its step is taken instead, and `lr` does not count.
-        graph: False to capture no CUDA graph, such as where each of many networks would keep one.
+        step: a function of images x (N, C, H, W) and labels y (N,) that changes some tensors and returns a scalar. On
+            CUDA nothing in it may wait for the device.
+        batch_size: images in a whole batch. A batch of another size, such as the last of an epoch, is not captured.
+        changed: the tensors that a step changes.
+        constants: what a graph holds as numbers, such as learning rates; once it returns another value, a new graph is
+            captured.
 
-    In plain SGD the locally connected layers update their weights within the backward pass
-    (`LocallyConnected2d.fused_step`), and on CUDA the step is captured once as a CUDA graph, with the first whole
-    batch, and replayed. A batch of another size, such as the last of an epoch, is computed without the graph. So are
-    all where none can be captured: on ROCm, with RNORM_CUDA_GRAPH=0, and where torch fails to; a line on stderr says
-    so. Nothing in a step waits for the device: the losses are added up there in `loss_sum`, which `take_loss` reads.
-
-    Raises ValueError for a list of learning rates of another length than the parameters.
+    Everywhere else than on CUDA, with RNORM_CUDA_GRAPH=0, on ROCm, and once a capture has failed in this process, it
+    calls `step` itself; on a GPU a line on stderr says why.
     """
+
+    refused = ""  # why steps are not captured in this process; after a failure torch may fail at every later capture
 
     def __init__(
         self,
-        net: nn.Sequential,
-        image_shape: tuple[int, ...],
-        lr: float | Sequence[float],
+        step: Callable[[Tensor, Tensor], Tensor],
         batch_size: int,
-        optimizer: torch.optim.Optimizer | None = None,
-        graph: bool = True,
+        changed: Iterable[Tensor],
+        constants: Callable[[], object] = lambda: None,
     ):
-        keep_freed_memory()
-        self.net, self.batch_size, self.optimizer = streamline(net, image_shape), batch_size, optimizer
-        self.parameters = list(net.parameters())
-        self.lrs = [float(lr)] * len(self.parameters) if isinstance(lr, (int, float)) else [float(v) for v in lr]
-        if len(self.lrs) != len(self.parameters):
-            raise ValueError(f"{len(self.lrs)} learning rates for {len(self.parameters)} parameters")
-        self.untied = [m for m in net.modules() if isinstance(m, LocallyConnected2d)]
-        self.loss_sum = torch.zeros((), device=self.parameters[0].device)
-        self.captures = graph and optimizer is None and self.loss_sum.is_cuda
+        self.step, self.batch_size, self.changed, self.constants = step, batch_size, list(changed), constants
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.captured_with: object = None
 
-    def __call__(self, x: Tensor, y: Tensor) -> None:
-        whole = len(x) == self.batch_size
-        if whole and self.captures and self.graph is None:
-            self.graph = self._capture(x, y)
-        if whole and self.graph is not None:
-            self.x.copy_(x)
-            self.y.copy_(y)
-            self.graph.replay()
-        else:
-            self._eager(x, y)
-
-    def take_loss(self) -> float:
-        """The sum of the losses of the steps since the last call."""
-        loss = self.loss_sum.item()
-        self.loss_sum.zero_()
-        return loss
-
-    def _eager(self, x: Tensor, y: Tensor) -> None:
-        if self.optimizer is None:
-            rates = {id(parameter): lr for parameter, lr in zip(self.parameters, self.lrs)}
-            for layer in self.untied:
-                layer.fused_step = rates[id(layer.weight)]
-        try:
-            loss = F.cross_entropy(self.net(x), y)
-        finally:
-            for layer in self.untied:
-                layer.fused_step = None
-        self.net.zero_grad()
-        loss.backward()
-        if self.optimizer is None:
-            self._descend()
-        else:
-            self.optimizer.step()
-        with torch.no_grad():
-            self.loss_sum += loss
-
-    @torch.no_grad()
-    def _descend(self) -> None:
-        """Plain SGD for all parameters that have a gradient; the weights of fused layers have none."""
-        for lr in dict.fromkeys(self.lrs):
-            chosen = [p for p, rate in zip(self.parameters, self.lrs) if rate == lr and p.grad is not None]
-            if chosen:
-                torch._foreach_sub_(chosen, [p.grad for p in chosen], alpha=lr)
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        if not x.is_cuda or len(x) != self.batch_size or Captured.refused:
+            return self.step(x, y)
+        if self.graph is None or self.captured_with != self.constants():
+            self.graph, self.captured_with = self._capture(x, y), self.constants()
+        if self.graph is None:
+            return self.step(x, y)
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.graph.replay()
+        return self.result
 
     def _capture(self, x: Tensor, y: Tensor) -> torch.cuda.CUDAGraph | None:
-        """A step as a CUDA graph that reads `self.x` and `self.y`; nothing else changes.
-
-        None where there can be no graph; then `captures` is False from now on, and a line on stderr says why.
-        """
-        reason = _why_no_graph()
+        """A step as a CUDA graph that reads `self.x` and `self.y`; nothing else changes. None if that cannot be."""
+        self.graph, reason = None, _why_no_graph()
         if not reason:
             self.x, self.y = x.clone(), y.clone()
             with self._as_before(x.device):
@@ -223,15 +172,15 @@ class Step:
                 try:
                     # Some versions of torch leave the capture's stream the current one where a capture fails.
                     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-                        self._eager(self.x, self.y)
+                        self.result = self.step(self.x, self.y)
                     return graph
                 except RuntimeError as error:
                     reason = str(error.__context__ or error).partition("\n")[0]  # the first error tells more
                     # Some leave the random generator waiting for the capture's end; a copy of its state does not wait.
                     generator = torch.cuda.default_generators[x.device.index]
                     generator.graphsafe_set_state(generator.clone_state())
-        self.captures = False
-        _say_once(f"steps are computed without a CUDA graph: {reason}")
+        Captured.refused = reason
+        print(f"steps are computed without a CUDA graph: {reason}", file=sys.stderr, flush=True)
         return None
 
     def _warm_up(self, side: torch.cuda.Stream) -> None:
@@ -239,18 +188,17 @@ class Step:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self._eager(self.x, self.y)
+                self.step(self.x, self.y)
         torch.cuda.current_stream().wait_stream(side)
 
     @contextlib.contextmanager
     def _as_before(self, device: torch.device) -> Iterator[None]:
-        """At its end, put back what steps change: parameters, buffers, the sum of the losses, random states."""
-        changed = [*self.parameters, *self.net.buffers(), self.loss_sum]
-        before = [tensor.detach().clone() for tensor in changed]
+        """At its end, put back what steps change: `changed` and random states."""
+        before = [tensor.detach().clone() for tensor in self.changed]
         with torch.random.fork_rng([device]):
             try:
                 yield
             finally:
                 with torch.no_grad():
-                    for tensor, value in zip(changed, before):
+                    for tensor, value in zip(self.changed, before):
                         tensor.copy_(value)

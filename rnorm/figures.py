@@ -2,14 +2,12 @@
 
 import contextlib
 import io
-import logging
 import os
 import sys
 import warnings
 
 if "matplotlib" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # that of a notebook is not there in a script, and matplotlib would not load
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no lines about the user's matplotlibrc or home
 
 from matplotlib import style
 from matplotlib.figure import Figure

@@ -7,24 +7,25 @@ differentiate any number of times.
 
 import functools
 import math
+import numbers
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 SHORT = 48  # numbers; where a kernel row sees less of an image, copying all patches is quicker on the CPU
-LARGE = 2**23  # numbers (32 MB): a copy of all patches from here on would not stay in a GPU's cache
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """An int twice, or a pair (vertical, horizontal) as ints; raises ValueError for any other length."""
-    if isinstance(value, int):
-        return value, value
-    if len(value) != 2:
-        raise ValueError(f"expected an int or a pair, not {tuple(value)}")
-    return int(value[0]), int(value[1])
+    """An int twice, or a pair (vertical, horizontal) as ints; raises ValueError for anything else."""
+    values = (value, value) if isinstance(value, numbers.Integral) else tuple(value)
+    if len(values) != 2:
+        raise ValueError(f"expected an int or a pair, not {values}")
+    return operator.index(values[0]), operator.index(values[1])
 
 
 def layer_shapes(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -56,15 +57,17 @@ class LocallyConnected2d(nn.Module):
         in_channels: channels of the input, C_in.
         out_channels: channels of the output, C_out.
         input_size: height and width of the input, which fix the number of filters.
-        kernel_size, stride, padding, dilation: as for `nn.Conv2d`; an int or a pair (vertical, horizontal).
+        kernel_size, stride, padding, dilation: as for `nn.Conv2d`; an int or a pair (vertical, horizontal). `padding`
+            may be "valid", which is 0, or with stride 1 "same": the output has the size of the input.
         bias: learn a bias for every channel and position.
 
     Shapes:
-        - Input: (N, C_in, H, W), with (H, W) equal to `input_size`; N may be 0.
-        - Output: (N, C_out, H_out, W_out), with H_out = (H + 2 p_h - d_h (k_h - 1) - 1) // s_h + 1 and W_out
-          alike. It is channels-last in memory.
+        - Input: (N, C_in, H, W) or (C_in, H, W), with (H, W) equal to `input_size`; N may be 0.
+        - Output: (N, C_out, H_out, W_out) or (C_out, H_out, W_out), with
+          H_out = (H + 2 p_h - d_h (k_h - 1) - 1) // s_h + 1 and W_out alike.
 
     Attributes:
+        padding: (above, to the left), also where it was given as a word.
         weight: (H_out, W_out, k_h, k_w, C_in, C_out), the order of the matrix products.
         bias: (H_out, W_out, C_out) or None.
         filters: a view of the weight in the shape of the file format, (1, C_out, C_in, H_out, W_out, k_h * k_w).
@@ -83,9 +86,15 @@ class LocallyConnected2d(nn.Module):
     parametrizations                      yes; `weight_norm(layer, dim=5)` has a norm for every output channel
     autocast                              as `nn.Conv2d`: computes in autocast's dtype
     second derivatives, Hessians          on every device; they take the plain form, which is slower
+    batched gradients, `vectorize=True`   no: PyTorch says so in a RuntimeError; `unfolded` works with them
     torch.compile, torch.export           they get the plain form; so do torch.jit.trace and both ONNX exporters
+    FakeTensorMode, memory trackers       yes
+    `fx.symbolic_trace`                   yes; the layer is one node of the graph
+    FlopCounterMode                       counts what is computed, without products with padding
+    `view` of the output                  no, its memory format is not promised: `flatten` and `reshape` work
     activation checkpointing              yes, with and without reentry
-    deepcopy, pickle, `functional_call`   yes; `functional_call` takes parameters, not a state dict
+    deepcopy, pickle, `functional_call`   yes; `functional_call` takes parameters, and refuses a state dict
+    `nn.init.orthogonal_`, `permute`      a weight in any memory order; the file formats stay as they are
     averages of weights (EMA)             yes; changing a state dict's tensors in place changes the layer
     safetensors                           by `save_model`; `save_file` refuses the views of a state dict
     DistributedDataParallel               yes
@@ -94,9 +103,10 @@ class LocallyConnected2d(nn.Module):
     ====================================  ============================================================================
 
     Raises:
-        ValueError: sizes that are not positive or no pairs, a kernel larger than the padded input, an input of
-            another size, of another dtype than the weight, or complex; with `fused_step` also autocast,
-            parametrizations, and where the plain form is taken.
+        ValueError: sizes that are not positive or no pairs, a kernel larger than the padded input, another word as
+            `padding`, an input of another size, of another dtype than the weight, or complex, a weight of another
+            shape; with `fused_step` also autocast, parametrizations, and where the plain form is taken.
+        TypeError: an input that is no tensor, a size that is no whole number.
         RuntimeError: second derivatives with `fused_step`.
 
     Example:
@@ -112,7 +122,7 @@ class LocallyConnected2d(nn.Module):
         input_size: int | tuple[int, int],
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         bias: bool = True,
         device: torch.device | str | None = None,
@@ -121,14 +131,23 @@ class LocallyConnected2d(nn.Module):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.input_size, self.kernel_size = pair(input_size), pair(kernel_size)
-        self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
+        self.stride, self.dilation = pair(stride), pair(dilation)
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
+        zeros = [0, 0]  # above and below together, to the left and to the right together
+        if not isinstance(padding, str):
+            self.padding = pair(padding)
+            zeros = [2 * p for p in self.padding]
+        elif padding == "same" and self.stride == (1, 1):
+            zeros, self.padding = reach, (reach[0] // 2, reach[1] // 2)
+        elif padding == "valid":
+            self.padding = (0, 0)
+        else:
+            raise ValueError(f'padding={padding!r}: it takes numbers, "valid", and "same" with stride 1')
         positive = (in_channels, out_channels, *self.input_size, *self.kernel_size, *self.stride, *self.dilation)
         if min(positive) < 1 or min(self.padding) < 0:
             raise ValueError("channels, sizes, stride and dilation must be at least 1, and padding at least 0")
-        self.output_size = tuple(
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(self.input_size, self.padding, self.dilation, self.kernel_size, self.stride)
-        )
+        sizes = zip(self.input_size, zeros, reach, self.stride)
+        self.output_size = tuple((n + p - r - 1) // s + 1 for n, p, r, s in sizes)
         if min(self.output_size) < 1:
             raise ValueError(f"a kernel of {self.kernel_size} does not fit an input of {self.input_size}")
         shape = (*self.output_size, *self.kernel_size, in_channels, out_channels)
@@ -160,10 +179,10 @@ class LocallyConnected2d(nn.Module):
     def from_conv2d(cls, conv: nn.Conv2d, input_size: int | tuple[int, int]) -> "LocallyConnected2d":
         """The layer that computes what `conv` computes on inputs of `input_size`, with its filter at every position.
 
-        Frozen where `conv` is. Raises ValueError for groups, padding other than zeros, or padding given as a word.
+        Frozen where `conv` is. Raises ValueError for groups, or padding other than zeros.
         """
-        if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            raise ValueError(f"{conv}: only groups=1 and zero padding given in numbers can be untied")
+        if conv.groups != 1 or conv.padding_mode != "zeros":
+            raise ValueError(f"{conv}: only groups=1 and padding with zeros can be untied")
         layer = cls(
             conv.in_channels, conv.out_channels, input_size, conv.kernel_size, conv.stride, conv.padding,
             conv.dilation, conv.bias is not None, conv.weight.device, conv.weight.dtype,
@@ -179,17 +198,30 @@ class LocallyConnected2d(nn.Module):
         return _to_file(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
+        if has_torch_function_unary(x):  # of torch.fx, to which the layer is one function
+            return handle_torch_function(self.__class__.forward, (x,), self, x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor, not {type(x).__name__}")
+        if x.dim() not in (3, 4) or tuple(x.shape[-3:]) != (self.in_channels, *self.input_size):
             expected = ("N", self.in_channels, *self.input_size)
-            raise ValueError(f"expected an input of shape {expected}, not {tuple(x.shape)}")
+            raise ValueError(f"expected an input of shape {expected} or {expected[1:]}, not {tuple(x.shape)}")
+        if x.dim() == 3:
+            return self.compute(x[None], self.padding, self.output_size)[0]
         return self.compute(x, self.padding, self.output_size)
 
-    def compute(self, x: Tensor, padding: tuple[int, int], outputs: tuple[int, int]) -> Tensor:
-        """The first `outputs` (rows, columns) of the output, for an input with `padding` zeros (above, to the left)."""
+    def compute(
+        self, x: Tensor, padding: tuple[int, int], outputs: tuple[int, int], way: type | None = None
+    ) -> Tensor:
+        """The first `outputs` (rows, columns) of the output, for an input with `padding` zeros (above, to the left).
+
+        `way` is Rows or Patches; None: what is quicker.
+        """
         geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation, outputs)
         weight, bias, device = self.weight, self.bias, x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        self._check_weight(weight, bias)
         plain = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        known = device in ("cpu", "cuda") if plain else torch.amp.is_autocast_available(device)
+        autocast = known and torch.is_autocast_enabled(device)
         if self.fused_step is not None and (autocast or plain or not weight.is_leaf):
             raise ValueError("fused_step is for neither autocast, torch.compile, tracing nor parametrizations")
         if autocast:
@@ -199,8 +231,17 @@ class LocallyConnected2d(nn.Module):
             raise ValueError(f"the input is {x.dtype} and the weight {weight.dtype}; they have to be alike and real")
         if plain:
             return unfolded(x, weight, bias, geometry)
-        out = _LocallyConnected.apply(x, weight, bias, geometry, self.fused_step)
+        out = _LocallyConnected.apply(x, weight, bias, geometry, self.fused_step, way or quicker_way(x, geometry))
         return out.permute(0, 3, 1, 2)  # here, as layers after this one may change a view of it in place
+
+    def _check_weight(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Raise ValueError for parameters in the shape of the file format, as `functional_call` may bring them."""
+        shape = (*self.output_size, *self.kernel_size, self.in_channels, self.out_channels)
+        in_file = (1, self.out_channels, self.in_channels, *self.output_size, math.prod(self.kernel_size))
+        # Of a few sizes the two shapes are one; then only its memory order tells a state dict's view.
+        view = shape == in_file and not isinstance(weight, nn.Parameter) and not weight.is_contiguous()
+        if weight.shape != shape or view or (bias is not None and bias.dim() != 3):
+            raise ValueError(f"a weight of shape {tuple(weight.shape)} where {shape} is needed; is it a state dict's?")
 
     def extra_repr(self) -> str:
         return (
@@ -222,7 +263,10 @@ class LocallyConnected2d(nn.Module):
             saved, parameter = state_dict.get(prefix + name), self._parameters.get(name)
             if isinstance(saved, Tensor) and parameter is not None:
                 shape = _to_file(parameter).shape
-                if saved.shape == shape:
+                if isinstance(saved, nn.Parameter):
+                    errors.append(f"{prefix + name} is a parameter; load a state dict made without keep_vars=True")
+                    state_dict[prefix + name] = parameter
+                elif saved.shape == shape:
                     state_dict[prefix + name] = _from_file(saved, self.kernel_size)
                 else:
                     errors.append(f"size mismatch for {prefix + name}: {tuple(saved.shape)} instead of {tuple(shape)}")
@@ -258,8 +302,10 @@ class Geometry(NamedTuple):
         height, width = (
             (o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(self.outputs, self.stride, self.kernel, self.dilation)
         )
-        (top, left), (_, _, h, w) = self.padding, x.shape
-        return F.pad(x, (left, max(0, width - left - w), top, max(0, height - top - h)))[:, :, :height, :width]
+        top, left = min(self.padding[0], height), min(self.padding[1], width)
+        h, w = min(x.shape[2], height - top), min(x.shape[3], width - left)
+        x = x.narrow(2, 0, h).narrow(3, 0, w)  # torch 2.6 cannot export a slice here
+        return F.pad(x, (left, width - left - w, top, height - top - h))
 
     def patches(self, x: Tensor) -> Tensor:
         """What every output position sees of x (N, C, H, W), as (H_out, W_out, N, k_h * k_w * C); a copy."""
@@ -272,12 +318,8 @@ class Geometry(NamedTuple):
             x = x[..., :: self.dilation[dim]]
         return x.permute(2, 3, 0, 4, 5, 1).flatten(3).contiguous()
 
-    def products(self, height: int, width: int) -> Iterator[tuple[slice, int, int, slice, slice, slice]]:
-        """Cut the layer on an input of (height, width) into matrix products that leave out the padding.
-
-        Yields (output rows, output column, kernel row, taps, input rows, input columns): of each output row, the taps
-        read the input columns of one input row, all adjacent.
-        """
+    def products(self, height: int, width: int) -> Iterator["Product"]:
+        """Cut the layer on an input of (height, width) into matrix products that leave out the padding."""
         (k_h, k_w), (s_h, s_w), (p_h, p_w), (d_h, d_w), (rows, columns) = self
         for w in range(columns):
             x = w * s_w - p_w
@@ -290,7 +332,16 @@ class Geometry(NamedTuple):
                     first_row, first_column = h.start * s_h + y, j.start * d_w + x
                     input_rows = slice(first_row, first_row + (len(h) - 1) * s_h + 1, s_h)
                     input_columns = slice(first_column, first_column + len(j))
-                    yield slice(h.start, h.stop), w, i, slice(j.start, j.stop), input_rows, input_columns
+                    weights = slice(h.start, h.stop), w, i, slice(j.start, j.stop)
+                    yield Product(weights, (weights[0], w), (input_rows, slice(None), input_columns))
+
+
+class Product(NamedTuple):
+    """One matrix product of `Rows`: what it takes of each tensor, as indices. All of its taps are adjacent."""
+
+    weight: tuple  # of the weight, (H_out, W_out, k_h, k_w, ...): output rows, an output column, a kernel row, taps
+    output: tuple  # of the output, (H_out, W_out, N, C_out): the same rows and column
+    input: tuple  # of the input, (H, N, W, C_in): the rows and columns that these taps read
 
 
 def _inside(start: int, step: int, count: int, size: int) -> range:
@@ -310,9 +361,9 @@ def unfolded(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Ten
     return out.permute(2, 3, 0, 1)
 
 
-def on_cpu(x: Tensor) -> bool:
-    """Whether to compute as is quickest on the CPU. A test can take the other devices' way on the CPU by this."""
-    return x.device.type == "cpu"
+def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> None:
+    """total += alpha * a @ b, for batches of matrices; `total` may be any view."""
+    torch.baddbmm(total, a, b, alpha=alpha, out=total)  # which, unlike `baddbmm_`, FlopCounterMode counts
 
 
 class Rows:
@@ -328,81 +379,52 @@ class Rows:
         """Fill out (H_out, W_out, N, C_out); returns what the backward pass needs of x: (H, N, W, C_in)."""
         out[:] = bias[:, :, None]
         seen = x.permute(2, 0, 3, 1).contiguous()
-        for h, w, i, j, rows, columns in g.products(*x.shape[2:]):
-            out[h, w].baddbmm_(seen[rows, :, columns].flatten(2), weight[h, w, i, j].flatten(1, 2))
+        for part in g.products(*x.shape[2:]):
+            add_product(out[part.output], seen[part.input].flatten(2), weight[part.weight].flatten(1, 2))
         return seen
 
     @staticmethod
     def add_weight_gradient(total: Tensor, seen: Tensor, grad: Tensor, g: Geometry, alpha: float) -> None:
-        """total += alpha * gradient, for total as the weight and grad (H_out, W_out, N, C_out)."""
-        for h, w, i, j, rows, columns in g.products(seen.shape[0], seen.shape[2]):
-            patches = seen[rows, :, columns].flatten(2).transpose(1, 2)
-            total[h, w, i, j].flatten(1, 2).baddbmm_(patches, grad[h, w], alpha=alpha)
+        """total += alpha * gradient, for total as the weight, contiguous, and grad (H_out, W_out, N, C_out)."""
+        for part in g.products(seen.shape[0], seen.shape[2]):
+            patches = seen[part.input].flatten(2).transpose(1, 2)
+            add_product(total[part.weight].flatten(1, 2), patches, grad[part.output], alpha)
 
     @staticmethod
     def input_gradient(grad: Tensor, weight: Tensor, g: Geometry, size: tuple[int, ...]) -> Tensor:
         """The gradient for an input of size (N, C_in, H, W)."""
         n, channels, height, width = size
         grad_x = grad.new_zeros(height, n, width, channels)
-        for h, w, i, j, rows, columns in g.products(height, width):
-            taps = weight[h, w, i, j].flatten(1, 2).transpose(1, 2)  # (rows, C_out, taps * C_in)
-            grad_x[rows, :, columns].view(*grad[h, w].shape[:2], taps.shape[2]).baddbmm_(grad[h, w], taps)
+        for part in g.products(height, width):
+            part_grad, taps = grad[part.output], weight[part.weight].flatten(1, 2).transpose(1, 2)
+            add_product(grad_x[part.input].view(*part_grad.shape[:2], taps.shape[2]), part_grad, taps)
         return grad_x.permute(1, 3, 0, 2)
 
 
 class Patches:
-    """Products for all output positions at once, of patches copied beforehand: few operations, on any device.
+    """One product for all output positions, of patches copied beforehand: few operations, on any device.
 
-    Copied is all that a position sees, for one product, or, where that would be LARGE, what a kernel row sees at every
-    row of the input, k_h times less, for one product per kernel row. On the CPU it is the quicker way where a kernel
-    row sees less than SHORT numbers.
+    On the CPU it is the quicker way where a kernel row sees less than SHORT numbers.
     """
 
     @staticmethod
     def forward(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, g: Geometry) -> Tensor:
-        """Fill out (H_out, W_out, N, C_out); returns patches, (H_out, W_out, N, k_h k_w C_in) or (H, ..., k_w C_in)."""
-        if g.kernel[0] == 1 or g.stride[0] > 1 or on_cpu(x) or len(x) * weight[..., 0].numel() < LARGE:
-            seen = g.patches(x)
-        else:
-            outputs = x.shape[2], g.outputs[1]
-            seen = Geometry((1, g.kernel[1]), (1, g.stride[1]), (0, g.padding[1]), g.dilation, outputs).patches(x)
-        products = [
-            (out[h].flatten(0, 1), seen[rows].flatten(0, 1), weight[h, :, i].flatten(2, 4).flatten(0, 1))
-            for h, i, rows in Patches.products(seen, weight, g)
-        ]
-        if products and len(products[0][0]) == out.shape[0] * out.shape[1]:
-            part, patches, filters = products.pop(0)
-            torch.baddbmm(bias.flatten(0, 1)[:, None], patches, filters, out=part)
-        else:
-            out[:] = bias[:, :, None]
-        for part, patches, filters in products:
-            part.baddbmm_(patches, filters)
+        """Fill out (H_out, W_out, N, C_out); returns patches, (H_out, W_out, N, k_h * k_w * C_in)."""
+        seen = g.patches(x)
+        filters = weight.flatten(2, 4).flatten(0, 1)
+        torch.baddbmm(bias.flatten(0, 1)[:, None], seen.flatten(0, 1), filters, out=out.flatten(0, 1))
         return seen
 
     @staticmethod
-    def products(seen: Tensor, weight: Tensor, g: Geometry) -> list[tuple[slice, slice, slice]]:
-        """(output rows, kernel rows, rows of `seen`) of every product; the first has the most output rows."""
-        rows = g.outputs[0]
-        if seen.shape[3] == math.prod(weight.shape[2:5]):
-            return [(slice(0, rows), slice(0, g.kernel[0]), slice(0, rows))]
-        products = []
-        for i in range(g.kernel[0]):
-            y = i * g.dilation[0] - g.padding[0]
-            h = _inside(y, 1, rows, len(seen))
-            if h:
-                products.append((slice(h.start, h.stop), slice(i, i + 1), slice(h.start + y, h.stop + y)))
-        return sorted(products, key=lambda product: product[0].start - product[0].stop)
-
-    @staticmethod
     def add_weight_gradient(total: Tensor, seen: Tensor, grad: Tensor, g: Geometry, alpha: float) -> None:
-        """total += alpha * gradient, for total as the weight and grad (H_out, W_out, N, C_out)."""
-        for h, i, rows in Patches.products(seen, total, g):
-            part = total[h, :, i].flatten(2, 4)
-            patches, part_grad = seen[rows].flatten(0, 1).transpose(1, 2), grad[h].flatten(0, 1)
-            if part.stride(0) == part.shape[1] * part.stride(1) and not on_cpu(grad):  # all positions are one batch
-                part.flatten(0, 1).baddbmm_(patches, part_grad, alpha=alpha)
-            else:
-                part.add_(torch.bmm(patches, part_grad).unflatten(0, part.shape[:2]), alpha=alpha)
+        """total += alpha * gradient, for total as the weight, contiguous, and grad (H_out, W_out, N, C_out)."""
+        part = total.flatten(2, 4)
+        patches, part_grad = seen.flatten(0, 1).transpose(1, 2), grad.flatten(0, 1)
+        adjacent = part.stride(0) == part.shape[1] * part.stride(1)  # then all positions are one batch
+        if adjacent and grad.device.type != "cpu":
+            add_product(part.flatten(0, 1), patches, part_grad, alpha)
+        else:
+            part.add_(torch.bmm(patches, part_grad).unflatten(0, part.shape[:2]), alpha=alpha)
 
     @staticmethod
     def input_gradient(grad: Tensor, weight: Tensor, g: Geometry, size: tuple[int, ...]) -> Tensor:
@@ -410,28 +432,42 @@ class Patches:
         n, channels, height, width = size
         filters = weight.flatten(2, 4).flatten(0, 1)
         taps = torch.bmm(grad.flatten(0, 1), filters.transpose(1, 2))  # (H_out * W_out, N, k_h * k_w * C_in)
-        readers, first = _readers(g, n, height, width, grad.device)
-        grad_x = F.embedding_bag(readers, taps.view(-1, channels), first, mode="sum")
+        cached = type(grad) is Tensor  # else they may be FakeTensors, which must not be kept
+        readers, first = (_readers if cached else _readers.__wrapped__)(g, height, width, grad.device)
+        # Those of image m among n: a position's taps of all images lie together.
+        count, window, images = len(readers), math.prod(g.kernel), torch.arange(n, device=grad.device)[:, None]
+        readers = (readers // window * n + images) * window + readers % window
+        first = (first + images * count).flatten()
+        grad_x = F.embedding_bag(readers.flatten(), taps.view(-1, channels), first, mode="sum")
         return grad_x.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
-@functools.cache
-def _readers(g: Geometry, n: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which taps read which pixel of an input (n, C_in, height, width).
+def quicker_way(x: Tensor, g: Geometry) -> type[Rows] | type[Patches]:
+    """By which of the two a layer of this geometry is the quicker on x (N, C, H, W)."""
+    adjacent = x.shape[1] * (g.kernel[1] if g.dilation[1] == 1 else 1)
+    return Rows if x.device.type == "cpu" and adjacent >= SHORT else Patches
 
-    Returns (the taps, as indices into (H_out, W_out, n, k_h, k_w) flattened, in the order of the pixels; for each pixel
-    where its taps begin). All are kept: CUDA graphs read them, and a capture must send no numbers to the device.
+
+@functools.cache
+def _readers(g: Geometry, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which taps read which pixel of one image (C_in, height, width).
+
+    Returns (the taps, as indices into (H_out, W_out, k_h, k_w) flattened, in the order of the pixels; for each pixel
+    where its taps begin). All are kept, some kilobytes a layer: CUDA graphs read them, and a capture must send no
+    numbers to the device.
     """
     (k_h, k_w), _, _, _, (rows, columns) = g
     y, x = (torch.arange(o)[:, None] * s + torch.arange(k) * d - p for k, s, p, d, o in zip(*g))  # (outputs, kernel)
-    y, x = y[:, None, None, :, None], x[:, None, None, :]
+    y, x = y[:, None, :, None], x[:, None, :]
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    image = torch.arange(n)[:, None, None]
-    pixels = n * height * width
-    pixel = torch.where(inside, (image * height + y) * width + x, pixels).flatten()
+    pixel = torch.where(inside, y * width + x, height * width).flatten()
     order = pixel.argsort(stable=True)
-    first = torch.searchsorted(pixel[order], torch.arange(pixels + 1))
-    return order[: first[-1]].to(device), first[:-1].to(device)
+    first = torch.searchsorted(pixel[order], torch.arange(height * width))
+    count = math.prod(
+        sum(len(_inside(i * d - p, s, o, size)) for i in range(k))
+        for k, s, p, d, o, size in zip(*g, (height, width))
+    )
+    return order[:count].to(device), first.to(device)
 
 
 class _LocallyConnected(torch.autograd.Function):
@@ -439,11 +475,9 @@ class _LocallyConnected(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, fused_step: float | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, fused_step: float | None, way: type
     ) -> Tensor:
         rows, columns = g.outputs
-        adjacent = x.shape[1] * (g.kernel[1] if g.dilation[1] == 1 else 1)
-        way = Rows if on_cpu(x) and adjacent >= SHORT else Patches
         result = x.new_empty(len(x), rows, columns, weight.shape[-1])
         addend = x.new_zeros(1, 1, 1) if bias is None else bias[:rows, :columns]
         seen = way.forward(result.permute(1, 2, 0, 3), x, weight[:rows, :columns], addend, g)
@@ -469,12 +503,15 @@ class _LocallyConnected(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = ctx.way.input_gradient(grad, weight[:rows, :columns], g, x.shape)
         if ctx.needs_input_grad[1] and ctx.fused_step is None:
-            grad_weight = torch.zeros_like(weight)
+            grad_weight = weight.new_zeros(weight.shape)  # contiguous, whatever the weight is
             ctx.way.add_weight_gradient(grad_weight[:rows, :columns], seen, grad, g, 1)
         elif ctx.needs_input_grad[1]:
-            ctx.way.add_weight_gradient(weight[:rows, :columns], seen, grad, g, -ctx.fused_step)
+            step = weight if weight.is_contiguous() else weight.new_zeros(weight.shape)
+            ctx.way.add_weight_gradient(step[:rows, :columns], seen, grad, g, -ctx.fused_step)
+            if step is not weight:
+                weight.add_(step)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(2)
             if grad_bias.shape != bias.shape:
                 grad_bias = F.pad(grad_bias, (0, 0, 0, bias.shape[1] - columns, 0, bias.shape[0] - rows))
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None

@@ -1,4 +1,4 @@
-"""What is recorded of a network: losses, accuracies, margins and weight norms. README.md defines every key.
+"""What is recorded of a network: losses, accuracies, margins and weight norms. docs/files.md defines every key.
 
 Source of the definitions: arXiv:2206.05317, section 5 (the R-norm experiment), and its released code.
 """
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnorm.cli import check_signals
 from rnorm.layers import Geometry, LocallyConnected2d, layer_shapes, pair, unfolded
+from rnorm.signals import check_signals
 
 if TYPE_CHECKING:  # what reads histories needs KEYS, but no images
     from rnorm.data import Data
@@ -33,9 +33,12 @@ def published_margins(logits: Tensor, y: Tensor) -> Tensor:
     """The margin that the published figure was made with, per example; logits (N, c), y (N,), result (N,).
 
     The true class's logit minus the second *smallest* logit where the prediction is right, minus the largest
-    logit where it is wrong. The released code's `kthvalue(out, 2)` counts from below; see README.md.
+    logit where it is wrong. The released code's `kthvalue(out, 2)` counts from below; see docs/files.md. With two
+    classes the second smallest logit is the largest, so the margin is NaN.
     """
     true = logits.gather(1, y[:, None])[:, 0]
+    if logits.shape[1] < 3:
+        return torch.full_like(true, math.nan)
     right = logits.argmax(1) == y
     return true - torch.where(right, logits.kthvalue(2, 1).values, logits.max(1).values)
 
@@ -57,12 +60,6 @@ def weighted_layers(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tu
         for i, layer in enumerate(net)
         if isinstance(getattr(layer, "weight", None), Tensor)
     ]
-
-
-def training_flop(net: nn.Sequential, image_shape: tuple[int, ...]) -> int:
-    """Floating-point operations to train on one image once: three products per layer, and two in the first."""
-    layers = enumerate(weighted_layers(net, image_shape))
-    return sum(2 * count * layer.weight.numel() * (3 if n else 2) for n, (_, layer, count) in layers)
 
 
 def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:

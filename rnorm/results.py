@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rnorm.checkpoints import has_diverged, load_history
 from rnorm.files import Damaged, RnormError
+from rnorm.history import has_diverged
 from rnorm.runs import Member, Settings, converted_members, read_config
+from rnorm.store import load_history
 
 MEASURE_AGAIN = "python measure.py RUN"  # evaluates the checkpoints of a finished run again
 MARGINS = {"published": "margin", "multiclass": "multiclass_margin"}  # names of recorded margins
@@ -60,7 +61,7 @@ class Curve:
     def is_published(self) -> bool:
         """Whether the run is one of the published figure: CIFAR-10, with its settings."""
         settings = self.member.settings
-        free = {name: getattr(settings, name) for name in ANYTHING if hasattr(settings, name)}
+        free = {name: getattr(settings, name) for name in ANYTHING}
         return settings == Settings(**free) and (settings.dataset == "cifar10" or self.data_sha256 == CIFAR10)
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
@@ -17,8 +18,8 @@ import numpy as np
 
 from rnorm.files import RnormError, write_file
 
-ELCN_EVALUATIONS = 20  # at most so many log-spaced epochs at which an eLCN is evaluated
 TITLES = {"": "CNN", "lc": "eLCN", "fc": "eFCN"}  # of conversions that people call otherwise than the files do
+NAMED = ("epochs", "n_splits", "cnn_lr", "lc_lr")  # settings that every run's name begins with
 IDENTITY = ("data_sha256", "layers")  # what makes a run what it is, beside its settings
 
 
@@ -28,9 +29,16 @@ def log_spaced_epochs(n: int, count: int) -> list[int]:
     return [int(e) for e in np.unique((np.logspace(0, np.log10(n), count) + 1e-9).astype(int))]
 
 
-def setting(default: object, help: str, *limits: float, **flag: object) -> Any:
-    """A field of Settings: its default, what --help says, the smallest and largest value, and arguments of its flag."""
-    return field(default=default, metadata={"help": help, "limits": limits, "flag": flag})
+def setting(
+    default: object, help: str, *limits: float, parse: Callable = None, show: Callable[..., str] = str, **flag: object
+) -> Any:
+    """A field of Settings: its default, what --help says, the smallest and largest value.
+
+    `parse` makes a value of a word of the command line (default: the default's type), `show` the text in a run's name;
+    `flag` are further arguments of its flag.
+    """
+    flag |= {"type": parse or type(default)}
+    return field(default=default, metadata={"help": help, "limits": limits, "flag": flag, "show": show})
 
 
 @dataclass(frozen=True)
@@ -41,29 +49,35 @@ class Settings:
     """
 
     epochs: int = setting(150, "epochs of the CNN", 1, 10**5)
-    n_splits: int = setting(20, "convert the CNN at this many log-spaced epochs; equal ones count once", 1, 10**4)
+    n_splits: int = setting(20, "convert the CNN at this many log-spaced epochs; fewer where some coincide", 1, 10**4)
     cnn_lr: float = setting(0.05, "learning rate of the CNN", 1e-30, 1e38)
-    lc_lr: float = setting(0.01, "learning rate of the eLCNs and of other converted networks", 1e-30, 1e38)
-    splits: tuple[int, ...] = setting((), "convert at these epochs instead of n_splits", nargs="+", metavar="EPOCH")
+    lc_lr: float = setting(0.01, "learning rate of the converted networks, eLCNs and others", 1e-30, 1e38)
+    splits: tuple[int, ...] = setting(
+        (), "convert at these epochs instead of n_splits", parse=int, nargs="+", metavar="EPOCH",
+        show=lambda epochs: "+".join(map(str, epochs)),
+    )  # fmt: skip
     lc_epochs: int = setting(0, "epochs of each converted network; 0: as many as the CNN's", 0, 10**5)
     network: str = setting("skinnyprime", "a network of models.py, by name")
-    dataset: str = setting("cifar10", "cifar10, cifar100, synthetic, or FILE.npz with x_train, y_train, x_test, y_test")
+    dataset: str = setting("cifar10", "cifar10, cifar100, mnist, fashionmnist, synthetic, or FILE.npz, see README.md")
     data_size: int = setting(0, "use the first N training images; 0: all", 0, 10**9)
     batch_size: int = setting(250, "images per step", 1, 10**6)
     seed: int = setting(0, "seed of the initial weights and of --shuffle", 0, 2**32 - 1)
-    shuffle: bool = setting(False, "shuffle in every epoch (default: the data set's order)")
+    shuffle: bool = setting(False, "a new order of the images in every epoch (default: the data set's own)")
     precision: str = setting(
-        "float32", "tf32: on CUDA, of products and convolutions alone; float64: of everything",
+        "float32", "float32; tf32 (CUDA matrix products and convolutions only); float64 everywhere",
         choices=("float32", "tf32", "float64"),
     )  # fmt: skip
     momentum: float = setting(0.0, "momentum of SGD", 0, 0.999999)
     weight_decay: float = setting(0.0, "weight decay of SGD", 0, 1e38)
+    lc_evaluations: int = setting(20, "evaluate converted networks at this many log-spaced epochs of theirs", 1, 10**4)
 
     def __post_init__(self):
-        for of in dataclasses.fields(self):
-            value, limits = getattr(self, of.name), of.metadata["limits"]
+        for each in dataclasses.fields(self):
+            value, limits = getattr(self, each.name), each.metadata["limits"]
             if limits and not limits[0] <= value <= limits[1]:
-                raise ValueError(f"{of.name} {value}: has to be between {limits[0]} and {limits[1]}")
+                raise ValueError(f"{each.name} {value}: has to be between {limits[0]} and {limits[1]}")
+        if not re.fullmatch(r"\w[\w.+-]*", self.network):
+            raise ValueError(f"network {self.network!r}: is no name")
         if self.splits and not 0 <= min(self.splits) <= max(self.splits) <= self.epochs:
             words = " ".join(map(str, self.splits))
             raise ValueError(f"splits {words}: have to lie between 0 and {self.epochs}, the epochs")
@@ -82,18 +96,13 @@ class Settings:
     @property
     def run_name(self) -> str:
         """The name of the run's directory: four settings always, the others where they are not at their default."""
-        named = ["epochs", "n_splits", "cnn_lr", "lc_lr"]
-        if self.splits:
-            named.remove("n_splits")
-        for of in dataclasses.fields(self)[4:]:
-            if getattr(self, of.name) != of.default:
-                named.append(of.name)
+        always = ["epochs", "cnn_lr", "lc_lr"] if self.splits else ["epochs", "n_splits", "cnn_lr", "lc_lr"]
+        fields = {each.name: each for each in dataclasses.fields(self)}
+        others = [name for name in fields if name not in NAMED and getattr(self, name) != fields[name].default]
         parts = []
-        for name in named:
+        for name in always + others:
             value = getattr(self, name)
-            if name == "splits":
-                value = "+".join(map(str, value))
-            parts.append(name if value is True else f"{name}={value}")
+            parts.append(name if value is True else f"{name}={fields[name].metadata['show'](value)}")
         return "-".join(parts)
 
 
@@ -136,7 +145,7 @@ class Member:
         """The network's own epochs at which it is evaluated and checkpointed: 0 and every one, or log-spaced ones."""
         if self.is_cnn:
             return list(range(self.epochs + 1))
-        return [0, *log_spaced_epochs(self.epochs, ELCN_EVALUATIONS)]
+        return [0, *log_spaced_epochs(self.epochs, self.settings.lc_evaluations)]
 
     @property
     def stem(self) -> str:
@@ -173,12 +182,13 @@ def converted_members(run: Path, settings: Settings) -> list[Member]:
 
 def has_files_of_a_run(directory: Path) -> bool:
     """Whether a directory is a run's, with config.json or without."""
-    return any(next(directory.glob(name), None) for name in ("config.json*", "evaluation-history.hist", "*.pyT"))
+    names = ("config.json*", "evaluation-history.hist*", "*.pyT*")  # also with .damaged after them
+    return any(next(directory.glob(name), None) for name in names)
 
 
 def read_config(run: Path) -> tuple[Settings, dict]:
     """The settings and all of config.json of a run; raises RnormError if `run` is not one or config.json is damaged."""
-    path, remedy = run / "config.json", "put back a copy of it, or start over with --fresh or another --results_dir"
+    path, remedy = run / "config.json", f"put back a copy of it, or delete {run} to start over"
     try:
         config = json.loads(path.read_text())
         if config.pop("crc32", _crc32(config)) != _crc32(config):
@@ -209,35 +219,48 @@ def _crc32(config: dict) -> int:
 def write_config(run: Path, settings: Settings, config: dict) -> None:
     """Write a new run's config.json, or compare with the one that is there.
 
-    `config` holds what else it records: `data_sha256` and `layers` (the network's, as text), which with the settings
-    are the run's identity, and `dataset_file`, versions, device, ... Raises RnormError with the differences if the run
-    there is another. Other versions, device, threads or commit are a warning; where an .npz file lies is neither. What
-    an older config.json lacks is not compared.
+    `config` holds what else it records: IDENTITY, `dataset_file`, versions, device, ... Raises RnormError as
+    `compare_config` does. A change of version, device, thread count or commit is a warning. A moved .npz file is not.
     """
     path, new = run / "config.json", {"settings": dataclasses.asdict(settings), **config}
     if not path.exists() and not has_files_of_a_run(run):
         write_file(path, (json.dumps({**new, "crc32": _crc32(new)}, indent=1) + "\n").encode())
         return
+    old = compare_config(run, settings, config)
+    for key in config:
+        if key not in (*IDENTITY, "dataset_file", "normalisation") and old.get(key) != config[key]:
+            print(f"warning: {run.name} was begun with {key} {old.get(key)}, now {config[key]}", file=sys.stderr)
+
+
+def compare_config(run: Path, settings: Settings, config: dict) -> dict:
+    """A run's config.json; {} where no run was begun. Raises RnormError with the differences if the run is another.
+
+    Settings, data and layers make a run what it is. What an older config.json lacks is not compared, nor data whose
+    SHA-256 is "", as they were not read.
+    """
+    if not (run / "config.json").exists() and not has_files_of_a_run(run):
+        return {}
     old_settings, old = read_config(run)
-    there, here = dataclasses.asdict(old_settings), dict(new["settings"])
-    if "data_sha256" in old:
+    there, here = dataclasses.asdict(old_settings), dataclasses.asdict(settings)
+    if "data_sha256" in old and config["data_sha256"]:
         there["data_sha256"], here["data_sha256"] = old["data_sha256"], config["data_sha256"]
     if "layers" in old:
         for i, layers in enumerate(zip_longest(old["layers"], config["layers"])):
             there[f"layer {i}"], here[f"layer {i}"] = layers
     if differences := [f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]:
-        remedy = "give the same settings, data and network, or use another --results_dir, or --fresh to delete it"
+        remedy = f"give the same settings, data and network, use another --results_dir, or delete {run} to start over"
         raise RnormError(f"{run} is another run: {'; '.join(differences)}; {remedy}")
-    for key in config:
-        if key not in (*IDENTITY, "dataset_file") and old.get(key) != config[key]:
-            print(f"warning: {run.name} was begun with {key} {old.get(key)}, now {config[key]}", file=sys.stderr)
+    return old
 
 
 def environment(device: dict, threads: int) -> dict:
     """What config.json records of the machine and the software; `device` is `devices.describe`'s."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    commands = ["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+        tracked, commit = (subprocess.run([*git, *c], capture_output=True, text=True, timeout=10) for c in commands)
+        commit = commit.stdout.strip() if tracked.returncode == 0 else ""  # else it is another repository's
     except (OSError, subprocess.SubprocessError):
         commit = ""
     versions = {"python": platform.python_version()}

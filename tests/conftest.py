@@ -7,6 +7,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import numpy as np
 import pytest
+import torch
+from fake_gpu import pretended
 from forked import Server
 from hypothesis import HealthCheck, settings
 
@@ -21,6 +23,20 @@ def pytest_configure(config):
     """`pytest -m cuda` computes on a GPU. From all other tests, and from what they start, GPUs are hidden."""
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch has not looked for them yet
+
+
+@pytest.fixture(autouse=True)
+def gpu(request):
+    """Tests marked cuda compute on a pretended GPU, which this returns; with `pytest -m cuda` on a real one: None."""
+    if not request.node.get_closest_marker("cuda"):
+        yield None
+    elif request.config.option.markexpr != "cuda":
+        with pretended() as gpu:
+            yield gpu
+    elif torch.cuda.is_available():
+        yield None
+    else:
+        pytest.skip("no GPU")
 
 
 SMALL = ("--network", "small", "--device", "cpu", "--epochs", 3, "--n_splits", 2, "--batch_size", 10)

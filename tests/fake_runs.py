@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from rnorm.checkpoints import save
+from rnorm.store import save
 from rnorm.measure import KEYS
 from rnorm.runs import Member, Settings, write_config
 

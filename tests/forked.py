@@ -90,13 +90,13 @@ class Fault:
     def __init__(self, action: str, at: int, file: str = "", call: str = "", filler: str = ""):
         self.action, self.left, self.file, self.call, self.filler = action, at, file, call, filler
         import train
-        from rnorm import fast, files
+        from rnorm import files
 
         files.open = self.open
         for where, name in ((os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "unlink")):
             setattr(where, name, self.wrap(name, getattr(where, name)))
         if call in ("step", "stepped"):
-            fast.Step.__call__ = self.wrap(call, fast.Step.__call__)
+            train.sgd_step = self.wrap(call, train.sgd_step)
         if call == "evaluate":
             train.evaluate = self.wrap(call, train.evaluate)
 
@@ -129,7 +129,7 @@ class Fault:
 
     def open(self, path, mode="r", **kwargs):
         """`open`; what is opened for writing reaches the fault when half of the content is written."""
-        if mode != "wb":
+        if mode != "xb":
             return builtins.open(path, mode, **kwargs)
         self.reached("open", path)
 
@@ -140,7 +140,7 @@ class Fault:
                 self.reached("write", path)
                 super().write(content[len(content) // 2 :])
 
-        return Half(io.FileIO(path, "wb"))
+        return Half(io.FileIO(path, "xb"))
 
 
 def fill(filler: str) -> None:
@@ -156,16 +156,18 @@ def child(request: dict) -> None:
     """Be a study."""
     import small_study
     import torch
-    from rnorm import checkpoints, cli
+    from rnorm import cli, signals, store
+    from rnorm.plan import Item
 
     os.setsid()
     os.environ.update(request.get("env", {}))
     torch.set_num_threads(request.get("threads", 1))
-    checkpoints.SAVE_EVERY = request.get("save_every", checkpoints.SAVE_EVERY)
+    store.SAVE_EVERY = request.get("save_every", store.SAVE_EVERY)
     streams = (request.get("stdout", request["log"] + ".out"), request["log"] + ".err")
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY), number)
-    cli.note_signals()
+    small_study.experiments.plan_items = lambda members, data: [Item(member, 100, 0.0, 0.0) for member in members]
+    signals.note_signals()
     if "fault" in request:
         Fault(**request["fault"])
     try:
@@ -182,12 +184,11 @@ def serve() -> None:
     replies = os.fdopen(os.dup(1), "w")
     import small_study  # the seconds that every study is spared
     import torch
-    from rnorm.fast import Step
+    from train import SGD, sgd_step
 
     torch.set_num_threads(1)  # a process that had several could not be forked
-    step = Step(small_study.small_cnn().net, (3, 32, 32), 0.1, batch_size=2)
-    step(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
-    torch.optim.SGD([torch.zeros(1)])  # imports torch's compiler
+    net = small_study.small_cnn()
+    sgd_step(net, SGD(net, [0.1] * 6, 0.1), torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
     studies = set()
     for line in sys.stdin:
         request = json.loads(line)

@@ -7,21 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks import gpu, peers
+from benchmarks import gpu, step
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments, **more):
     command = [sys.executable, "benchmarks/gpu.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, timeout=600)
 
 
-def test_the_script_for_gpus_takes_all_its_parts_on_the_cpu_in_order():
+def test_the_script_for_gpus_takes_all_its_parts_on_the_cpu_in_order(tmp_path):
     """With a small network; what it prints is markdown, and its claims hold."""
-    result = run("--device", "cpu")
+    result = run("--device", "cpu", "--work", tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     headings = [line for line in result.stdout.splitlines() if line.startswith("## ")]
     assert headings == [f"## {part}" for part in
@@ -29,41 +28,52 @@ def test_the_script_for_gpus_takes_all_its_parts_on_the_cpu_in_order():
     for text in ("cuDNN", " passed", "| floor: ", "| eLCN beside another | ", "minutes, extrapolated", " | holds |"):
         assert text in result.stdout
     assert "FAILS" not in result.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_a_gpu_takes_one_process_no_two_are_started_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "ask_driver", {"compute_mode": "Exclusive_Process"}.get)
+    report = gpu.Report()
+    gpu.studies(report, False, tmp_path, gpu.noise(tmp_path / "noise.npz", 500), tmp_path)
+    out = capsys.readouterr().out
+    assert "allows one process at a time" in out and "| eLCN | " in out and "beside another" not in out
+    assert set(report.claims.values()) == {True} and "two eLCNs are trained at once" not in report.claims
 
 
 def test_without_a_gpu_it_ends_with_one_line():
     result = run(CUDA_VISIBLE_DEVICES="")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "gpu.py: CUDA_VISIBLE_DEVICES='' hides every GPU\n"
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert result.stderr.startswith(("gpu.py: no GPU can be used: ", "gpu.py: there is a GPU "))
 
 
-def test_a_part_that_fails_is_shown_and_the_others_still_run(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
-    monkeypatch.setattr(gpu, "steps", lambda report, on_gpu: report.claim("a step is timed", True))
-    monkeypatch.setattr(gpu, "studies", lambda report, *more: report.claim("two are one", False))
-    monkeypatch.setattr(
-        gpu, "tests", lambda report, on_gpu: report.outputs("no test fails", gpu.start, ("-c", "print('why'); exit(3)"))
-    )
-    assert gpu.main() == 1
+def test_a_command_that_hangs_is_killed_and_its_claim_fails(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "LIMIT", 1.0)
+    report = gpu.Report()
+    with pytest.raises(gpu.Failed):
+        report.outputs("it ends", gpu.start, ("-c", "import time; print('begun', flush=True); time.sleep(100)"))
     out = capsys.readouterr().out
-    assert "**FAILS: no test fails**" in out and "    why" in out
-    assert "| no test fails | FAILS |\n| a step is timed | holds |\n| two are one | FAILS |" in out
+    assert "**FAILS: it ends**" in out and "    begun" in out and "killed after 1 s" in out
+    assert report.claims == {"it ends": False}
 
 
-@pytest.mark.parametrize(
-    ("step", "library", "variable", "value"),
-    [
-        (peers.jax_step, "jax", "XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
-        (peers.keras_step, "tensorflow", "TF_FORCE_GPU_ALLOW_GROWTH", "true"),
-    ],
-)
-def test_jax_and_tensorflow_are_told_to_leave_memory_of_the_gpu(monkeypatch, tmp_path, step, library, variable, value):
-    """Before they are imported, when they read it; here by a library that cannot be imported."""
-    (tmp_path / f"{library}.py").write_text(f"import os\nraise ImportError(os.environ.get({variable!r}))")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, library, raising=False)
-    monkeypatch.setenv(variable, value)  # put back afterwards
-    monkeypatch.delenv(variable)
-    with pytest.raises(peers.Unavailable) as caught:
-        step(nn.Sequential(), torch.zeros(1), torch.zeros(1))
-    assert str(caught.value.__context__) == value
+def test_a_step_that_runs_out_of_memory_is_a_row_of_the_table_that_says_so(monkeypatch, capsys):
+    def fails(when):
+        """A step that runs out of memory at its call number `when`; 0: when it is built."""
+        calls = iter(range(100))
+
+        def take():
+            if next(calls) == when:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return lambda: 1.0
+
+        return lambda net, x, y: take() and take
+
+    monkeypatch.setattr(step, "check", lambda name, device: None)
+    monkeypatch.setattr(step, "seconds", lambda take: take()() * 1e-3)
+    monkeypatch.setattr(step, "ceilings", lambda device: (1e12, 1e12))
+    monkeypatch.setattr(step, "STEPS", {f"CNN: fails {when}": ("CNN", fails(when)) for when in (0, 3, 99)})
+    monkeypatch.setattr(sys, "argv", ["step.py", "--rounds", "2"])
+    step.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| CNN")]
+    assert rows[:2] == [f"| CNN: fails {when} | out of memory | | | |" for when in (0, 3)]
+    assert rows[2].startswith("| CNN: fails 99 | ") and "memory" not in rows[2]

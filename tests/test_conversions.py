@@ -1,7 +1,6 @@
 """Conversions, and the claim the study rests on: an untied network computes the same function as its CNN."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from convert import largest_difference
 from models import make_network, skinnyprime
-from rnorm.conversions import CONVERSIONS, find_conversion, fully_connect, layers_of, untie
+from rnorm.conversions import ACTIVATIONS, CONVERSIONS, find_conversion, fully_connect, untie
 from rnorm.layers import LocallyConnected2d, layer_shapes
 from rnorm.measure import norms
 
@@ -19,7 +18,7 @@ IMAGE = (3, 32, 32)
 
 def test_elcn_and_efcn_have_the_published_state_dicts():
     with torch.device("meta"):
-        elcn, efcn = (convert(skinnyprime().net, IMAGE) for convert in (untie, fully_connect))
+        elcn, efcn = (convert(skinnyprime(), IMAGE) for convert in (untie, fully_connect))
     assert {name: tuple(p.shape) for name, p in elcn.state_dict().items()} == {
         "1.weight": (1, 64, 3, 17, 17, 16), "1.bias": (1, 64, 17, 17),
         "5.weight": (1, 64, 64, 8, 8, 25), "5.bias": (1, 64, 8, 8),
@@ -34,6 +33,7 @@ def test_elcn_and_efcn_have_the_published_state_dicts():
 @pytest.mark.parametrize("network, conversion, untied", [
     ("skinnyprime", "lc", [1, 5, 9]), ("skinnyprime", "lc5", [5]), ("skinnyprime", "lc1+9", [1, 9]),
     ("skinnyprime", "tied", []), ("skinnyprime", "tied1+9", []), ("skinnyprime", "cnn", []), ("skinnyprime", "fc", []),
+    ("skinnyprime", "head", []),
     ("alexnetprime", "lc", [1, 5, 9, 12, 15]),
 ])  # fmt: skip
 def test_a_converted_network_computes_the_same_function_and_the_named_convolutions_are_untied(
@@ -42,7 +42,7 @@ def test_a_converted_network_computes_the_same_function_and_the_named_convolutio
     torch.manual_seed(0)
     cnn = make_network(network, 10)
     converted = find_conversion(conversion).convert(cnn, IMAGE)
-    assert [i for i, layer in enumerate(layers_of(converted)) if isinstance(layer, LocallyConnected2d)] == untied
+    assert [i for i, layer in enumerate(converted) if isinstance(layer, LocallyConnected2d)] == untied
     assert largest_difference(cnn, converted, torch.randn(5, *IMAGE)) < 1e-12
     assert not {id(p) for p in cnn.parameters()} & {id(p) for p in converted.parameters()}
 
@@ -69,7 +69,7 @@ def test_other_conversions_are_refused_by_name(monkeypatch, name, cause):
     (nn.Conv2d(3, 5, (3, 2), stride=(2, 3), padding=(1, 0), dilation=(1, 2), bias=False), nn.ReLU()),
     (LocallyConnected2d(3, 2, (17, 13), (2, 3), stride=(1, 2), padding=(0, 1)), nn.ReLU()),
     (nn.ZeroPad2d((1, 0, 2, 3)), nn.Conv2d(3, 5, 4), nn.AvgPool2d(2), nn.Dropout(0.5), nn.Conv2d(5, 4, 2)),
-    (nn.Conv2d(3, 5, 1), nn.MaxPool2d(3, 2, padding=1, ceil_mode=True), nn.Dropout2d(), nn.AdaptiveAvgPool2d(3)),
+    (nn.Conv2d(3, 5, 1), nn.MaxPool2d(3, 2, padding=1, ceil_mode=True), nn.Dropout2d(), nn.AdaptiveAvgPool2d((3, 7))),
 ])  # fmt: skip
 def test_any_sequential_of_the_supported_layers_is_converted_and_stays_so(layers, convert):
     torch.manual_seed(0)
@@ -83,18 +83,33 @@ def test_any_sequential_of_the_supported_layers_is_converted_and_stays_so(layers
     assert again.state_dict().keys() == converted.state_dict().keys() and norms(again, shape) == norms(converted, shape)
 
 
-def test_other_layers_are_refused_in_the_readmes_words():
-    with pytest.raises(ValueError, match="layer 1 is BatchNorm2d; a network here is made of Conv2d, ") as refused:
+def test_other_layers_are_refused_with_the_reason_and_the_place():
+    with pytest.raises(ValueError, match="layer 1 is BatchNorm2d; norms of weights mean nothing .*conversions.py"):
         untie(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), IMAGE)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert str(refused.value).partition("; ")[2] in " ".join(readme.split())
+    with pytest.raises(ValueError, match="layer 0 is Upsample; a network here is a sequence of .*conversions.py"):
+        untie(nn.Sequential(nn.Upsample(2), nn.Conv2d(3, 3, 1)), IMAGE)
+    with pytest.raises(ValueError, match="layer 1, AdaptiveAvgPool2d.* windows overlap"):
+        untie(nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(5)), IMAGE)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_untied_and_changes_no_function(activation):
+    torch.manual_seed(0)
+    layer = activation(0.1, 20) if activation is nn.Threshold else activation()
+    net = nn.Sequential(nn.Conv2d(3, 4, 5, 4), layer, nn.Flatten(), nn.Linear(4 * 49, 5))
+    assert largest_difference(net, untie(net, IMAGE), torch.randn(3, *IMAGE)) < 1e-12
+
+
+def test_of_head_only_the_last_layer_is_trained():
+    head = find_conversion("head").convert(small_cnn(), IMAGE)
+    assert [p.requires_grad for p in head.parameters()] == [False] * 4 + [True] * 2
 
 
 @pytest.mark.parametrize("conversion", ["lc", "lc1", "fc", "tied", "cnn"])
 def test_what_is_frozen_stays_frozen(conversion):
     cnn = small_cnn()
-    cnn.net[1].weight.requires_grad_(False)
-    cnn.net[5].requires_grad_(False)
+    cnn[1].weight.requires_grad_(False)
+    cnn[5].requires_grad_(False)
     learning = [p.requires_grad for p in find_conversion(conversion).convert(cnn, IMAGE).parameters()]
     assert learning == [False, True, False, False, True, True]
 
@@ -106,7 +121,7 @@ def test_what_is_frozen_stays_frozen(conversion):
 )
 def test_the_rates_are_divided_by_the_positions_of_the_convolutions_that_are_tied(conversion, positions):
     found = find_conversion(conversion)
-    net = layers_of(found.convert(skinnyprime(), IMAGE))
+    net = found.convert(skinnyprime(), IMAGE)
     assert found.rates(net, IMAGE, 0.01) == [0.01 / count for count in positions for _ in ("weight", "bias")]
 
 

@@ -1,142 +1,92 @@
-"""The device is the GPU wherever there is one, and a run never falls back to the CPU unasked."""
+"""A run computes on a GPU wherever one can be used, and says why where it does not."""
 
-import errno
 import json
-import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rnorm import devices
-from rnorm.devices import describe, gpu_in_sight, pick_device, set_precision, several_gpus_note
+from rnorm.cli import ENVIRONMENT, Stop
+from rnorm.devices import describe, pick_device, set_precision, several_gpus_note
 from rnorm.files import RnormError
+from rnorm.flags import open_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-GPU_FILES = devices.GPU_FILES
 
 
 @pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    """Nothing shows a GPU, and none can be used."""
-
-    def fail():
-        raise AssertionError("all devices are busy\nCompile with ...")
-
-    for variable in devices.GPU_VARIABLES:
+def machine(monkeypatch, tmp_path):
+    """A machine without GPU and Slurm; the directory in the place of /dev."""
+    for variable in (*devices.SLURM_GPUS, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(devices, "GPU_FILES", ())
-    monkeypatch.setattr(devices, "_compute_on_gpu", fail)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(devices, "GPU_FILES", devices.GPU_FILES.replace("/dev", str(tmp_path)))
+    monkeypatch.setattr(devices, "why_no_cuda", lambda: "all devices are busy")
+    return tmp_path
 
 
-@pytest.fixture(params=["nvidia0", "kfd"])
-def device_file(monkeypatch, tmp_path, request):
-    """The file of a GPU, where /dev is another directory."""
-    path = tmp_path / request.param
-    path.touch()
-    monkeypatch.setattr(devices, "GPU_FILES", [pattern.replace("/dev", str(tmp_path)) for pattern in GPU_FILES])
-    return path
-
-
-def error_of(name):
-    """The one line of the error."""
-    with pytest.raises(RnormError) as caught:
-        pick_device(name)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_auto_is_the_cpu_where_no_gpu_is_in_sight_and_there_is_no_other_device():
-    assert pick_device("auto") == CPU
+def test_a_gpu_that_computes_is_used_unless_the_cpu_is_asked_for(monkeypatch):
+    monkeypatch.setattr(devices, "why_no_cuda", lambda: "")
+    assert (pick_device("auto"), pick_device("cuda"), pick_device("cpu")) == (CUDA, CUDA, CPU)
     with pytest.raises(ValueError, match="tpu"):
         pick_device("tpu")
 
 
-def assert_used_or_missed(sight, monkeypatch):
-    """The GPU that shows in `sight` is used; if it cannot be used, that is an error, and the CPU must be asked for."""
-    for name in ("auto", "cuda"):
-        assert f"a GPU is in sight ({sight}), but cannot be used: all devices are busy; torch" in error_of(name)
-    assert pick_device("cpu") == CPU
-    monkeypatch.setattr(devices, "_compute_on_gpu", lambda: None)
-    assert pick_device("auto") == pick_device("cuda") == CUDA
+def test_without_a_gpu_auto_is_the_cpu_and_a_line_gives_torchs_reason(machine, capsys):
+    (machine / "nvidiactl").touch()  # a file of the driver, of no GPU
+    assert open_device("auto") == CPU
+    assert capsys.readouterr().out.startswith("device: cpu; no GPU can be used: ")
+    assert open_device("cpu") == CPU and capsys.readouterr().out == "device: cpu\n"
+    with pytest.raises(RnormError, match="^no GPU can be used: all devices are busy$"):
+        pick_device("cuda")
 
 
-@pytest.mark.parametrize("variable", devices.GPU_VARIABLES)
-@pytest.mark.parametrize("value", ["0", "3,1", "GPU-8932f937", "MIG-GPU-8932f937/1/0"])
-def test_a_gpu_in_the_environment_is_used_or_missed(monkeypatch, variable, value):
-    monkeypatch.setenv(variable, value)
-    assert_used_or_missed(f"{variable}={value}", monkeypatch)
+def test_torchs_reason_is_one_line_with_its_version_and_what_hides_gpus(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("Torch not compiled with CUDA enabled\nCompile with ...")
+
+    monkeypatch.undo()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setattr(torch, "ones", fail)
+    facts = f"torch {torch.__version__}, CUDA_VISIBLE_DEVICES='-1'"
+    assert devices.why_no_cuda() == f"Torch not compiled with CUDA enabled ({facts})"
 
 
-def test_so_is_one_with_a_device_file_but_other_files_of_the_driver_are_no_gpu(monkeypatch, device_file):
-    assert_used_or_missed(device_file, monkeypatch)
-    device_file.rename(device_file.with_name("nvidiactl"))
+@pytest.mark.parametrize("sign", ["nvidia0", *devices.SLURM_GPUS])
+def test_a_gpu_that_is_there_but_cannot_be_used_ends_the_command_unless_it_is_hidden(machine, monkeypatch, sign):
+    if sign == "nvidia0":
+        (machine / sign).touch()
+    else:
+        monkeypatch.setenv(sign, "1")
+    with pytest.raises(Stop, match=f"there is a GPU .*{sign}.* busy; or use --device cpu$") as stop:
+        open_device("auto")
+    assert stop.value.status == ENVIRONMENT
+    assert open_device("cpu") == CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert pick_device("auto") == CPU
-
-
-def test_so_is_one_that_only_torch_knows_of(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert_used_or_missed("torch", monkeypatch)
-
-
-@pytest.mark.parametrize(("number", "in_sight"), [(errno.EPERM, False), (errno.EACCES, True), (errno.EIO, True)])
-def test_a_gpu_that_is_kept_from_the_job_is_not_in_sight_but_a_broken_one_is(
-    monkeypatch, device_file, number, in_sight
-):
-    def refuse(path, flags):
-        raise OSError(number, os.strerror(number), path)
-
-    monkeypatch.setattr(os, "open", refuse)
-    assert bool(gpu_in_sight()) == in_sight
-
-
-@pytest.mark.parametrize("value", ["", " ", "-1", "-1,0", "NoDevFiles"])
-@pytest.mark.parametrize("variable", devices.HIDING)
-def test_hidden_gpus_are_not_missed_and_cannot_be_asked_for(monkeypatch, device_file, variable, value):
-    monkeypatch.setattr(torch.version, "cuda", "13.2" if variable.startswith("CUDA") else None)
-    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
-    monkeypatch.setenv(variable, value)
-    assert pick_device("auto") == CPU
-    assert f"{variable}={value!r} hides every GPU" in error_of("cuda")
-
-
-def test_amds_variables_hide_nothing_from_a_torch_built_for_cuda(monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
-    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "-1")
-    assert "(HIP_VISIBLE_DEVICES=-1)" in error_of("auto")
-
-
-@pytest.mark.parametrize(
-    ("cuda", "hip", "built"), [("12.8", None, "CUDA 12.8"), (None, "6.4", "ROCm 6.4"), (None, None, "the CPU alone")]
-)
-def test_an_error_names_what_torch_and_the_driver_are_for(monkeypatch, device_file, cuda, hip, built):
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    error = f": all devices are busy; torch {torch.__version__} is built for {built}"
-    assert error_of("auto").endswith(error)
-    driver = SimpleNamespace(cuDriverGetVersion=lambda pointer: setattr(pointer._obj, "value", 10020))
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: driver)
-    assert error_of("auto").endswith(f"{error}; the driver is for CUDA 10.2")
 
 
 @pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("tf32", True), ("float64", False)])
-def test_only_tf32_rounds_to_tf32_and_cudnn_is_deterministic_always(precision, tf32):
+def test_only_tf32_rounds_to_tf32_whatever_was_set_before_and_cudnn_is_deterministic(precision, tf32):
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    with cudnn.flags(cudnn.enabled, benchmark=True, deterministic=False, allow_tf32=not tf32):  # puts back its four
-        before, cuda.matmul.allow_tf32 = cuda.matmul.allow_tf32, not tf32
-        with pytest.raises(ValueError, match="float16"):
-            set_precision("float16")
-        assert (cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == (not tf32, not tf32, True)
-        set_precision(precision)
-        assert (cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == (tf32, tf32, False)
-        assert cudnn.deterministic
-        cuda.matmul.allow_tf32 = before
+    cuda.matmul.allow_tf32 = cudnn.allow_tf32 = not tf32
+    cudnn.benchmark, cudnn.deterministic, parts = True, False, []
+    if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9
+        parts = [cudnn.conv, cudnn.rnn, cuda.matmul]
+        for part in (torch.backends, *parts):
+            part.fp32_precision = "ieee" if tf32 else "tf32"
+    with pytest.raises(ValueError, match="float16"):
+        set_precision("float16")
+    assert cudnn.benchmark and not cudnn.deterministic
+    set_precision(precision)
+    assert [part.fp32_precision for part in parts] == ["tf32" if tf32 else "ieee" for _ in parts]
+    assert (cuda.matmul.allow_tf32, cudnn.allow_tf32) == (tf32, tf32)
+    assert cudnn.deterministic and not cudnn.benchmark
+    set_precision("float32")
 
 
 @pytest.mark.parametrize(("hip", "built"), [(None, {"cuda": "13.2"}), ("6.4.1", {"hip": "6.4.1"})])
 def test_a_run_records_its_gpu_and_versions_and_notes_further_gpus(monkeypatch, hip, built):
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)

@@ -4,7 +4,6 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -13,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks.operations import count_step
 from models import skinnyprime
-from rnorm.fast import Stage, Step, streamline
+from rnorm.fast import Captured, Stage, streamline
 from rnorm.layers import LocallyConnected2d, layer_shapes
 from test_layers import DEVICES, WAYS, by, close, of_the_definition, pairs
+from train import SGD, make_step
 
 IMAGE = (3, 32, 32)
-GPU_WAYS = [way for way in WAYS if "GPU" in way]
 
 
 def head(*layers):
@@ -53,7 +51,7 @@ def untied(net, image_shape, noise=0.1):
     """`net` with every convolution that can be untied untied, and different filters at every position."""
     layers, shapes = copy.deepcopy(list(net)), layer_shapes(net, image_shape)
     for i, layer in enumerate(layers):
-        if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and layer.padding != "same":
+        if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
             layers[i] = LocallyConnected2d.from_conv2d(layer, shapes[i][1:])
             layers[i].weight.data += noise * torch.randn_like(layers[i].weight)
     return nn.Sequential(*layers).train(net.training)
@@ -67,7 +65,7 @@ def assert_streamlined_is_the_same(net, image_shape, n=3):
     out = net(x)
     grad = torch.randn_like(out)
     gradients = torch.autograd.grad(out, inputs, grad)
-    for way in ("as it comes", *GPU_WAYS):
+    for way in WAYS:
         with by(way):
             fast_out = fast(x)
             assert fast_out.shape == out.shape and close(fast_out, out, 1e-12)
@@ -106,7 +104,7 @@ def test_so_does_a_streamlined_network_of_any_geometry(data):
 
 def test_streamlining_leaves_out_of_skinnyprime_what_its_pooling_never_reads():
     torch.manual_seed(0)
-    cnn = skinnyprime().double().net
+    cnn = skinnyprime().double()
     for net in (cnn, untied(cnn, (3, 32, 32))):
         stages = [layer for layer in streamline(net, (3, 32, 32)) if isinstance(layer, Stage)]
         assert [stage.outputs for stage in stages] == [(17, 17), (7, 7), (3, 3)]
@@ -124,18 +122,15 @@ def batches(device="cpu", count=6):
 def network(name):
     """The study's CNN or eLCN, always with the same weights, in float64."""
     torch.manual_seed(0)
-    cnn = skinnyprime().net.double()
+    cnn = skinnyprime().double()
     return cnn if name == "CNN" else untied(cnn, IMAGE, noise=0.01)
 
 
 def train_quickly(net, device="cpu", count=6):
-    """A copy of `net` after some batches by `Step`, and the sum of its losses."""
+    """A copy of `net` after some batches, as training takes them, and the sum of their losses."""
     net = copy.deepcopy(net).to(device)
-    step = Step(net, IMAGE, 0.05, batch_size=8)
-    for x, y in batches(device, count):
-        step(x, y)
-    total = step.take_loss()
-    assert step.take_loss() == 0  # it was taken
+    step = make_step(streamline(net, IMAGE), SGD(net, [0.05] * 8, 0.05), batch_size=8)
+    total = sum(step(x, y).item() for x, y in batches(device, count))
     return net.cpu(), total
 
 
@@ -155,7 +150,7 @@ def trained(request):
     return start, net, total
 
 
-@pytest.mark.parametrize("way", ["as it comes", *GPU_WAYS])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_six_steps_end_at_the_weights_of_plain_torch(trained, device, way):
     start, expected, loss = trained
@@ -175,47 +170,24 @@ def test_what_is_frozen_stays_as_it_is(trained):
         assert torch.equal(parameter, old) == (name in frozen)
 
 
-def test_a_failed_step_leaves_no_layer_fused():
-    net = network("eLCN")
-    with pytest.raises(ValueError):
-        Step(net, IMAGE, 0.05, batch_size=8)(torch.randn(8, *IMAGE, dtype=torch.float32), torch.zeros(8).long())
-    assert all(layer.fused_step is None for layer in net if isinstance(layer, LocallyConnected2d))
-    with pytest.raises(ValueError, match="7 learning rates for 8 parameters"):
-        Step(net, IMAGE, [0.05] * 7, batch_size=8)
-
-
-@pytest.mark.parametrize("graph, optimizer", [(True, False), (False, False), (True, True)])
-def test_only_whole_batches_are_captured_and_replayed(graph, optimizer):
-    """A run resumed at the short last batch of an epoch must not capture that size; an optimiser's step none at all."""
-    net, done = network("CNN"), []
-    optimizer = torch.optim.SGD(net.parameters(), 0.1) if optimizer else None
-    with patch.object(torch.Tensor, "is_cuda", True):
-        step = Step(net, IMAGE, 0.05, 8, optimizer, graph)
-    recorded = MagicMock(replay=lambda: done.append("replayed"))
-    step._eager = lambda x, y: done.append(f"eager {len(x)}")
-    step._capture = lambda x, y: done.append(f"captured {len(x)}") or recorded
-    step.x, step.y = MagicMock(), MagicMock()
-    for n in (5, 8, 8, 5):
-        step(torch.zeros(n), torch.zeros(n))
-    whole = ["captured 8", "replayed", "replayed"] if graph and not optimizer else ["eager 8", "eager 8"]
-    assert done == ["eager 5", *whole, "eager 5"]
-
-
-def test_a_step_of_the_elcn_on_a_gpu_is_51_operations_that_move_less_than_800_megabytes():
-    calls = count_step(network("eLCN").float(), IMAGE, 250)
-    assert len(calls) <= 51 and sum(read + written for _, read, written in calls) <= 800e6
+def test_on_the_cpu_the_step_itself_is_called_whatever_it_is():
+    calls = []
+    step = Captured(lambda x, y: calls.append(len(x)) or torch.tensor(len(x)), 8, [])
+    assert [step(torch.zeros(n, 1), torch.zeros(n)).item() for n in (8, 5, 8)] == calls == [8, 5, 8]
 
 
 IMPORTS = """
-import sys, torch, unittest.mock
-from rnorm import fast, layers
-step = fast.Step(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8), torch.nn.Flatten()), (3, 8, 8), 0.1, batch_size=2)
+import sys, torch
+from rnorm import layers
+from train import SGD, sgd_step
+net = torch.nn.Sequential(layers.LocallyConnected2d(3, 2, 8, 8), torch.nn.Flatten())
 before = len(sys.modules)
-with unittest.mock.patch.object(layers, "on_cpu", lambda x: False):
-    step(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+layers.quicker_way = lambda x, g: layers.Patches
+sgd_step(net, SGD(net, [0.1, 0.1], 0.1, 0.9), torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
 sys.exit(len(sys.modules) - before > 50)
 """
 
 
-def test_a_step_on_a_gpu_does_not_import_torchs_compiler():
+def test_a_step_does_not_import_torchs_compiler():
+    """That takes seconds in every process."""
     assert subprocess.run([sys.executable, "-c", IMPORTS], cwd=Path(__file__).parents[1]).returncode == 0

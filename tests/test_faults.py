@@ -87,7 +87,7 @@ def test_a_job_that_took_no_step_and_recorded_nothing_is_not_to_be_continued(ser
     """Else it would be continued for ever."""
     for at, status in ((1, 1), (4, 75), (1, 1), (2, 75)):  # 4: the CNN's last evaluation; 2: after it the eLCN's first
         study = server.run(*command, fault={"action": "SIGUSR1", "call": "evaluate", "at": at})
-        no_step = "no step was taken since the start; give the job more time" in line_of(study)
+        no_step = "nothing new was saved since the start; give the job more time" in line_of(study)
         assert study.status == status and no_step == (status == 1)
     ends_complete(server, command, undisturbed)
 

@@ -1,8 +1,11 @@
 """Files that are written whole or not at all, and locks that no dead process holds."""
 
+import contextlib
 import errno
 import fcntl
 import os
+import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +13,32 @@ from unittest.mock import Mock
 
 import pytest
 
-from rnorm import files
-from rnorm.files import InUse, Lock, files_below, lock_directory, set_aside, write_file
+from rnorm.files import InUse, Lock, RnormError, lock_directory, set_aside, write_file
 
-HOLD = """import sys, pathlib; from rnorm.files import Lock
-lock = Lock(pathlib.Path(sys.argv[1]), wait=True)
+HOLD = """import os, sys, pathlib; from rnorm.files import Lock
+os.chdir(sys.argv[1]); os.geteuid() or os.setuid(int(sys.argv[2]))
+lock = Lock(pathlib.Path(), wait=True)
 print("held", flush=True); sys.stdin.read()"""
 
+WRITE = """import os, sys, pathlib; from rnorm.files import write_file
+os.fsync = lambda file: os.path.isdir(file) or (print("half", flush=True), sys.stdin.read())
+write_file(pathlib.Path(sys.argv[1]), b"theirs")"""
 
-def hold(directory: Path) -> subprocess.Popen:
-    """A process that locks a directory, says so, and holds the lock as long as its stdin is open."""
-    command, pipe = [sys.executable, "-c", HOLD, directory], subprocess.PIPE
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stdin=pipe, stdout=pipe, text=True)
+
+def started(code: str, path: Path, *words: str) -> subprocess.Popen:
+    """A process that runs HOLD or WRITE, and goes on from where it says so when its stdin is closed."""
+    command, pipe = [sys.executable, "-c", code, path, *words], subprocess.PIPE
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout.readline() in ("held\n", "half\n")
+    return process
+
+
+@pytest.fixture
+def other_user(monkeypatch) -> int:
+    """Another user's number: of files as far as we may give them away, else the number that we pretend to have."""
+    if os.geteuid() != 0:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    return 65534 if os.geteuid() == 0 else -1
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -44,6 +61,21 @@ def test_a_write_is_flushed_before_it_is_renamed_and_the_directory_after(tmp_pat
     assert [call[0] for call in calls.method_calls] == ["fsync", "replace", "fsync"]
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+@pytest.mark.parametrize("kind", [stat.S_ISREG, stat.S_ISDIR])
+def test_a_directory_that_the_file_system_cannot_flush_is_no_error(tmp_path, monkeypatch, code, kind):
+    def fsync(file: int) -> None:
+        if kind(os.fstat(file).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    expected = contextlib.nullcontext()
+    if kind is stat.S_ISREG or code == errno.EIO:
+        expected = pytest.raises(OSError, match=os.strerror(code))
+    with expected:
+        write_file(tmp_path / "file", b"new")
+
+
 def test_a_damaged_file_is_renamed_to_the_first_free_name(tmp_path, capsys):
     path = tmp_path / "file"
     for content in ("1", "2", "3"):
@@ -55,36 +87,99 @@ def test_a_damaged_file_is_renamed_to_the_first_free_name(tmp_path, capsys):
 
 
 def test_one_process_holds_a_lock_and_is_named_to_others(tmp_path):
-    with hold(tmp_path) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InUse, match=f"is in use by process {holder.pid} on "):
+    with started(HOLD, tmp_path, "0") as holder:
+        with pytest.raises(InUse, match=f"is in use by process {holder.pid} on .*, as .lock says; wait for it"):
             Lock(tmp_path)
-        with hold(tmp_path) as waiting:
-            holder.kill()  # a dead process holds no lock
-            assert waiting.stdout.readline() == "held\n"
+        holder.kill()  # a dead process holds no lock
+        with started(HOLD, tmp_path, "0"):
+            pass
 
 
-def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
-    with pytest.raises(OSError, match="cannot be locked .No locks available.; use a file system with locks"):
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EBADF])
+def test_a_lock_that_cannot_be_had_says_why_and_names_its_file(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(code, "reason")))
+    cause = {errno.ENOLCK: "use a file system with locks", errno.EBADF: "NFS asks for the right to write it"}[code]
+    with pytest.raises(OSError, match=cause) as raised:
         Lock(tmp_path)
+    assert raised.value.filename == str(tmp_path / ".lock")
+
+
+def test_a_lock_file_that_may_only_be_read_can_be_locked(tmp_path):
+    directory = tmp_path / "shared"
+    directory.mkdir(mode=0o755)
+    (directory / ".lock").touch(mode=0o444)
+    with started(HOLD, directory, "65534"), pytest.raises(InUse, match="shared is in use by another process; wait"):
+        Lock(directory)
+
+
+@pytest.mark.parametrize("fate", ["moved", "deleted", "replaced", "unlocked", "a file"])
+def test_a_lock_tells_when_its_directory_is_another(tmp_path, fate):
+    directory = tmp_path / "run"
+    with lock_directory(directory) as lock:
+        lock.check()
+        if fate in ("moved", "replaced"):
+            directory.rename(tmp_path / "elsewhere")
+        elif fate in ("deleted", "a file"):
+            shutil.rmtree(directory)
+        else:
+            (directory / ".lock").unlink()
+        if fate == "replaced":
+            lock_directory(directory).__exit__()
+        if fate == "a file":
+            directory.touch()
+        with pytest.raises(InUse, match="run was moved or deleted, .* nothing more is written there"):
+            lock.check()
 
 
 def test_who_locks_a_directory_makes_it_and_deletes_what_is_half_written(tmp_path):
     directory = tmp_path / "a" / "b"
     lock_directory(directory).__exit__()
-    for name in (".x.pyT.tmp", ".config.json.tmp", "y.pyT"):
-        (directory / name).touch()
+    with started(WRITE, directory / "x.pyT") as killed:
+        killed.kill()
+    for name in (".x.pyT.tmp", "y.pyT"):  # the first of an earlier version
+        (directory / name).write_text("half")
+    assert len(list(directory.glob(".x.pyT.*"))) == 2
     with lock_directory(directory):
         assert {path.name for path in directory.iterdir()} == {".lock", "y.pyT"}
 
 
-def test_the_files_below_a_directory_are_all_but_locks_and_those_that_vanish(tmp_path, monkeypatch):
-    for name in ("a", ".lock", "below/b", "below/.lock"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("12")
-    found = [(path, size) for path, _, size in sorted(files_below(tmp_path))]
-    assert found == [(tmp_path / "a", 2), (tmp_path / "below/b", 2)]
-    real = files.Path.is_file
-    monkeypatch.setattr(files.Path, "is_file", lambda path: real(path) and not path.unlink())
-    assert files_below(tmp_path) == []
+def test_processes_may_write_one_file_at_once_and_while_its_directory_is_locked(tmp_path):
+    with started(WRITE, tmp_path / "figure.png") as other:
+        with lock_directory(tmp_path):
+            write_file(tmp_path / "figure.png", b"ours")
+        assert (tmp_path / "figure.png").read_bytes() == b"ours"
+        other.stdin.close()
+    assert other.returncode == 0 and (tmp_path / "figure.png").read_bytes() == b"theirs"
+
+
+def test_nothing_is_written_or_deleted_through_what_others_planted(tmp_path, other_user):
+    victim, directory = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("not ours")
+    directory.mkdir()
+    (directory / ".file.tmp").symlink_to(victim)
+    os.mkfifo(directory / ".fifo.tmp")
+    (directory / ".directory.tmp").mkdir()
+    (directory / ".theirs.tmp").write_text("being written")
+    os.chown(directory / ".theirs.tmp", other_user, -1)
+    os.link(victim, directory / ".lock")
+    planted = set(directory.iterdir())
+    with lock_directory(directory):
+        write_file(directory / "file", b"new")
+    assert set(directory.iterdir()) == planted | {directory / "file"} and victim.read_text() == "not ours"
+    (directory / ".lock").unlink()
+    (directory / ".lock").symlink_to(victim)
+    with pytest.raises(RnormError, match="run/.lock is a link, and a lock has to be a file; delete the link"):
+        lock_directory(directory)
+    assert victim.read_text() == "not ours"
+
+
+def test_a_directory_may_be_the_users_own_link_but_not_anothers(tmp_path, other_user):
+    link, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    if other_user > 0:
+        lock_directory(link).__exit__()
+        assert (elsewhere / ".lock").exists()
+        os.lchown(link, other_user, -1)
+    with pytest.raises(RnormError, match="run is a link that another user made; delete it"):
+        lock_directory(link)

@@ -130,13 +130,8 @@ class Images(torch.Tensor):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_the_points_of_a_string_move_to_their_neighbours_at_once_worked_by_hand(shuffle, monkeypatch):
-    """Without graphs, of which each point would keep one, and without an order that a GPU would wait for."""
-
-    def step(net, image_shape, lr, batch_size, graph):
-        assert not graph
-        return lambda x, y: None
-
-    monkeypatch.setattr(interpolate, "Step", step)
+    """Without an order that a GPU would wait for."""
+    monkeypatch.setattr(interpolate, "sgd_step", lambda net, sgd, x, y: None)
     data, nets = some_data(), [linear(weight) for weight in (0.0, 8.0, 0.0, 4.0)]
     data.x_train, data.x_train.indices = data.x_train.as_subclass(Images), []
     for expected in ([0, 4, 3, 4], [0, 2.75, 3.5, 4]):  # 8 + (0 + 0 - 16) / 4, and 0 + (8 + 4 - 0) / 4
@@ -147,7 +142,7 @@ def test_the_points_of_a_string_move_to_their_neighbours_at_once_worked_by_hand(
 
 def test_a_string_takes_sgd_steps_between_fixed_ends():
     torch.manual_seed(0)
-    data, nets = some_data(), [small_cnn(3).net for _ in range(3)]
+    data, nets = some_data(), [small_cnn(3) for _ in range(3)]
     before = [[p.clone() for p in net.parameters()] for net in nets]
     loss = nn.functional.cross_entropy(nets[1](data.x_train), data.y_train)
     gradients = torch.autograd.grad(loss, nets[1].parameters())
@@ -163,7 +158,7 @@ def test_the_simpler_network_is_lifted_to_the_others_form(pair):
     torch.manual_seed(0)
     forms = {"": lambda net: net, "lc1": lambda net: untie(net, IMAGE, {1}), "lc": lambda net: untie(net, IMAGE),
              "fc": lambda net: fully_connect(net, IMAGE)}  # fmt: skip
-    data, nets = some_data(), [forms[name](small_cnn(3).net) for name in pair]
+    data, nets = some_data(), [forms[name](small_cnn(3)) for name in pair]
     for ends in (nets, nets[::-1]):
         lifted = lift(*ends, IMAGE)
         shapes = [[(name, p.shape) for name, p in net.state_dict().items()] for net in lifted]
@@ -215,8 +210,8 @@ def test_ends_that_cannot_be_compared_are_refused_in_one_line(run, tmp_path, cap
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.LazyLinear(3)])
 def test_a_network_that_cannot_be_measured_here_is_refused_in_one_line(run, layer, monkeypatch, capsys):
-    net = small_cnn(3).net
-    monkeypatch.setitem(models.NETWORKS, "small", lambda classes: models.ConvNet(*net[:2], layer, *net[2:]))
+    net = small_cnn(3)
+    monkeypatch.setitem(models.NETWORKS, "small", lambda classes: nn.Sequential(*net[:2], layer, *net[2:]))
     ends_with(type(layer).__name__, [file_of(run, ""), file_of(run, "")], capsys)
 
 

@@ -2,11 +2,14 @@
 
 import copy
 import functools
+import gc
 import io
+import itertools
 import math
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,25 +20,17 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from rnorm import layers
-from rnorm.layers import Geometry, LocallyConnected2d, layer_shapes, unfolded
+from rnorm.layers import Geometry, LocallyConnected2d, Patches, Rows, layer_shapes, unfolded
 
 ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not asked for with pytest -m cuda")
-GPU = pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])
+GPU = pytest.param("cuda", marks=pytest.mark.cuda)
 DEVICES = ["cpu", GPU]
-HUGE = 10**12
-WAYS = {
-    "as it comes": {"SHORT": layers.SHORT},
-    "rows": {"SHORT": 0},
-    "patches": {"SHORT": HUGE},
-    "patches, as on a GPU": {"on_cpu": lambda x: False, "LARGE": HUGE},
-    "kernel rows, as on a GPU": {"on_cpu": lambda x: False, "LARGE": 0},
-}
+WAYS = {"rows": Rows, "patches": Patches}
 
 
 def by(way):
     """Within this context, layers compute in the way named."""
-    return patch.multiple(layers, **WAYS[way])
+    return patch.object(layers, "quicker_way", lambda x, g: WAYS[way])
 
 
 def plain(x, weight, bias, layer):
@@ -136,7 +131,7 @@ def small_layer(bias=True, device="cpu"):
 def test_first_and_second_derivatives_are_those_of_finite_differences(bias, way, device):
     layer, x = small_layer(bias, device)
     with by(way):
-        assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
+        assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=device == "cuda")
         assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True)
         layer.requires_grad_(False)
         assert torch.autograd.gradgradcheck(layer, (x,), fast_mode=True)
@@ -318,6 +313,46 @@ def test_a_state_dict_that_does_not_fit_is_refused_with_the_shapes_of_the_file_f
         layer.load_state_dict({"weight": layer.filters.data})
 
 
+@pytest.mark.parametrize("fused_step", [None, 0.3])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_in_any_memory_order_gets_its_gradient_and_its_steps(way, fused_step):
+    layer, x = small_layer()
+    reference = copy.deepcopy(layer)
+    for order in itertools.islice(itertools.permutations(range(6)), 0, None, 37):
+        back = [order.index(i) for i in range(6)]
+        layer.weight = nn.Parameter(reference.weight.detach().clone().permute(order).contiguous().permute(back))
+        layer.fused_step, reference.weight.grad = fused_step, None
+        with by(way):
+            layer(x).square().sum().backward()
+            reference(x).square().sum().backward()
+        if fused_step:
+            expected = reference.weight - fused_step * reference.weight.grad
+            assert close(layer.weight.detach(), expected.detach(), 1e-12)
+        else:
+            assert close(layer.weight.grad, reference.weight.grad, 1e-12)
+
+
+def test_an_orthogonal_layer_learns():
+    layer, x = LocallyConnected2d(3, 5, 4, 3), torch.randn(2, 3, 4, 4)
+    nn.utils.parametrizations.orthogonal(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    before = layer.weight.detach().clone()
+    layer(x).square().sum().backward()
+    optimizer.step()
+    assert not close(layer.weight.detach(), before, 1e-3)
+
+
+def test_parameters_in_the_shapes_of_the_file_format_are_refused():
+    """Of the second layer's weight both shapes are the same."""
+    for layer in (LocallyConnected2d(3, 4, 8, 3), LocallyConnected2d(3, 3, 3, (3, 1), bias=False)):
+        x = torch.randn(2, 3, *layer.input_size)
+        with pytest.raises(ValueError, match="is it a state dict's"):
+            torch.func.functional_call(layer, layer.state_dict(), x)
+        with pytest.raises(RuntimeError, match="without keep_vars=True"):
+            layer.load_state_dict(layer.state_dict(keep_vars=True))
+        assert torch.equal(torch.func.functional_call(layer, dict(layer.named_parameters()), x), layer(x))
+
+
 def test_copies_are_independent():
     layer, x = small_layer()
     copies = copy.deepcopy(layer), through_a_file(layer, load=functools.partial(torch.load, weights_only=False))
@@ -354,8 +389,7 @@ def test_an_untied_convolution_computes_what_it_did():
     layer = LocallyConnected2d.from_conv2d(conv, (9, 8))
     assert close(layer(x), conv(x), 1e-12)
     assert torch.equal(layer.filters, conv.weight.flatten(2)[None, :, :, None, None].expand_as(layer.filters))
-    for other in (nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 3, 3, padding="same"),
-                  nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")):  # fmt: skip
+    for other in (nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")):
         with pytest.raises(ValueError, match="can be untied"):
             LocallyConnected2d.from_conv2d(other, 9)
 
@@ -374,13 +408,15 @@ def test_the_layer_is_initialised_like_a_convolution(init):
     assert layer.bias.abs().max() <= 1 / (8 * 25) ** 0.5
 
 
-def test_what_a_cuda_graph_may_read_is_never_forgotten():
-    with by("patches, as on a GPU"):
-        layer, x = LocallyConnected2d(1, 1, 3, 2), torch.randn(1, 1, 3, 3, requires_grad=True)
-        read = layers._readers(geometry_of(layer), 1, 3, 3, x.device)
-        for n in range(2, 100):
-            layer(x.expand(n, 1, 3, 3)).sum().backward()
-        assert layers._readers(geometry_of(layer), 1, 3, 3, x.device) is read
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_layer_keeps_does_not_grow_with_the_sizes_of_batches(way):
+    layer, sizes = LocallyConnected2d(1, 1, 7, 2), []
+    with by(way):
+        for n in range(1, 9):
+            layer(torch.randn(n, 1, 7, 7, requires_grad=True)).sum().backward()
+            gc.collect()
+            sizes.append(sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.int64))
+    assert sizes[-1] <= sizes[1]
 
 
 @pytest.mark.parametrize("sizes", [
@@ -391,3 +427,49 @@ def test_impossible_sizes_and_inputs_of_another_size_are_refused(sizes):
         LocallyConnected2d(*sizes)
     with pytest.raises(ValueError, match="expected an input"):
         LocallyConnected2d(3, 4, 8, 3)(torch.zeros(1, 3, 9, 8))
+
+
+@pytest.mark.parametrize("kernel, dilation", [(3, 1), ((2, 4), 1), ((3, 2), (2, 3))])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_is_given_in_words_and_a_single_image_is_taken_as_by_a_convolution(padding, kernel, dilation):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(2, 3, kernel, padding=padding, dilation=dilation).double(), torch.randn(4, 2, 9, 8).double()
+    layer = LocallyConnected2d.from_conv2d(conv, (9, 8))
+    assert close(layer(x), conv(x), 1e-12) and close(layer(x[0]), conv(x[0]), 1e-12)
+    for word, stride in (("same", 2), ("full", 1)):
+        with pytest.raises(ValueError, match='it takes numbers, "valid", and "same" with stride 1'):
+            LocallyConnected2d(2, 3, 9, 3, stride, word)
+
+
+def test_sizes_may_be_numpys_and_an_input_that_is_no_tensor_is_refused():
+    layer = LocallyConnected2d(2, 3, np.int64(5), np.array([3, 2]), np.int32(1))
+    assert layer.output_size == (3, 4) and type(layer.kernel_size[0]) is int
+    with pytest.raises(TypeError, match="expected a tensor, not NoneType"):
+        layer(None)
+
+
+def test_it_is_one_node_of_a_symbolic_trace():
+    net, x = net_of_anyone(), torch.randn(2, 3, 8, 8)
+    assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
+
+
+def test_no_number_is_read_off_the_device_in_a_step():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        net = net_of_anyone(padding=1)
+        x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        net(x).sum().backward()
+        assert x.grad.shape == x.shape
+    real = torch.randn(2, 3, 8, 8, requires_grad=True)
+    net_of_anyone(padding=1)(real).sum().backward()  # nothing of the pretended tensors was kept
+    assert type(real.grad) is torch.Tensor and real.grad.isfinite().all()
+
+
+def test_its_operations_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer, x = LocallyConnected2d(16, 8, 10, 3), torch.randn(2, 16, 10, 10, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 2 * layer.weight.numel()

@@ -9,23 +9,24 @@ from small_study import small_cnn
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from models import NETWORKS, ConvNet, alexnetprime, converted_network, load_network, make_network, skinnyprime
-from rnorm.checkpoints import load, load_weights
-from rnorm.conversions import layers_of, untie
+from models import NETWORKS, alexnetprime, converted_network, load_network, make_network, skinnyprime
+from rnorm.conversions import untie
 from rnorm.data import Data
-from rnorm.fast import Step
+from rnorm.fast import streamline
 from rnorm.files import RnormError
-from rnorm.layers import layer_shapes
+from rnorm.layers import LocallyConnected2d, layer_shapes
 from rnorm.measure import evaluate
+from rnorm.store import PREFIX, load, load_weights, to_file
+from train import SGD, sgd_step
 
 IMAGE = (3, 32, 32)
 
 
 def test_skinnyprime_has_the_published_shapes_and_state_dict():
     cnn = skinnyprime()
-    shapes = layer_shapes(cnn.net, IMAGE)
+    shapes = layer_shapes(cnn, IMAGE)
     assert [shapes[i][1] for i in (2, 4, 6, 8, 10, 12)] == [17, 8, 8, 3, 3, 1] and shapes[-1] == (10,)
-    assert {name: tuple(p.shape) for name, p in cnn.state_dict().items()} == {
+    assert {name: tuple(p.shape) for name, p in to_file(cnn).items()} == {
         "net.1.weight": (64, 3, 4, 4), "net.1.bias": (64,), "net.5.weight": (64, 64, 5, 5), "net.5.bias": (64,),
         "net.9.weight": (64, 64, 3, 3), "net.9.bias": (64,), "net.13.weight": (10, 64), "net.13.bias": (10,),
     }  # fmt: skip
@@ -33,13 +34,13 @@ def test_skinnyprime_has_the_published_shapes_and_state_dict():
 
 def test_alexnetprime_has_the_published_layers():
     cnn = alexnetprime(100)
-    shapes = {name: tuple(p.shape) for name, p in cnn.state_dict().items() if name.endswith("weight")}
+    shapes = {name: tuple(p.shape) for name, p in to_file(cnn).items() if name.endswith("weight")}
     assert shapes == {
         "net.1.weight": (64, 3, 4, 4), "net.5.weight": (192, 64, 5, 5), "net.9.weight": (384, 192, 3, 3),
         "net.12.weight": (256, 384, 3, 3), "net.15.weight": (256, 256, 3, 3), "net.20.weight": (512, 256),
         "net.23.weight": (512, 512), "net.25.weight": (100, 512),
     }  # fmt: skip
-    assert [i for i, layer in enumerate(cnn.net) if isinstance(layer, nn.Dropout)] == [19, 22]
+    assert [i for i, layer in enumerate(cnn) if isinstance(layer, nn.Dropout)] == [19, 22]
 
 
 def test_seed_0_starts_at_the_published_weights():
@@ -54,9 +55,9 @@ def conv() -> nn.Conv2d:
     return nn.Conv2d(3, 3, 3, padding=1)
 
 
-def of(*layers: nn.Module, base: type = ConvNet) -> ConvNet:
+def net_of(*layers: nn.Module) -> nn.Sequential:
     """These layers, which keep an image's shape, and a Linear one."""
-    return base(*layers, nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
 
 
 class Residual(nn.Sequential):
@@ -64,44 +65,45 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-class OwnForward(ConvNet):
-    def forward(self, x):
-        return self.net(x).relu()
-
-
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_network_that_cannot_be_trained_and_measured_is_refused_by_name(monkeypatch):
-    again, scaled, outside = conv(), of(conv()), of(conv())
-    scaled.scale = nn.Parameter(torch.ones(10))
-    outside.net = Residual(*outside.net)
+    again = conv()
     for model, cause in (
-        (of(spectral_norm(conv())), r"layer 0, Conv2d\(3, 3, .*, has hooks, such as weight_norm's"),
-        (of(nn.ReLU(), weight_norm(conv())), "layer 1, Conv2d.*, has hooks"),
-        (of(prune.l1_unstructured(conv(), "weight", 0.5)), "layer 0, Conv2d.*, has hooks"),
-        (of(parametrizations.spectral_norm(conv())), "layer 0 is ParametrizedConv2d; a network here is made of Conv2d"),
-        (of(nn.Sequential(conv(), nn.ReLU())), "layer 0 is Sequential; .* made of Conv2d, .*, Linear$"),
-        (of(Residual(conv(), nn.ReLU())), "layer 0 is Residual"),
-        (of(conv(), nn.BatchNorm2d(3), nn.ReLU()), "layer 1 is BatchNorm2d"),
-        (of(again, nn.ReLU(), again), "two layers share parameters"),
-        (of(conv(), base=OwnForward), "all its layers in `net` and no forward of its own"),
-        (of(conv(), base=nn.Sequential), "has to be a ConvNet"),
-        (scaled, "all its layers in `net`"),
-        (outside, "all its layers in `net`"),
+        (net_of(spectral_norm(conv())), r"layer 0, Conv2d\(3, 3, .*, has hooks, such as weight_norm's"),
+        (net_of(nn.ReLU(), weight_norm(conv())), "layer 1, Conv2d.*, has hooks"),
+        (net_of(prune.l1_unstructured(conv(), "weight", 0.5)), "layer 0, Conv2d.*, has hooks"),
+        (net_of(parametrizations.spectral_norm(conv())), "layer 0 is ParametrizedConv2d; a network here is a sequence"),
+        (net_of(nn.Sequential(conv(), nn.ReLU())), "layer 0 is Sequential; "),
+        (net_of(Residual(conv(), nn.ReLU())), "layer 0 is Residual"),
+        (net_of(conv(), nn.BatchNorm2d(3), nn.ReLU()), "layer 1 is BatchNorm2d"),
+        (net_of(again, nn.ReLU(), again), "two layers share parameters"),
+        (Residual(conv()), "it has to be an nn.Sequential, not Residual"),
+        (nn.Sequential(conv(), nn.Flatten()), r"of images of 3 x 32 x 32 it makes \(3072,\), not 10 logits"),
     ):
         monkeypatch.setitem(NETWORKS, "mine", lambda num_classes, model=model: model)
         with pytest.raises(RnormError, match=f"^mine: .*{cause}"):
             make_network("mine", 10)
 
 
+@pytest.mark.parametrize("shape, right", [((1, 28, 28), True), ((3, 64, 64), False), ((3, 8, 8), False)])
+def test_skinnyprime_takes_images_that_end_at_one_pixel(shape, right):
+    if right:
+        assert make_network("skinnyprime", 2, shape)(torch.zeros(3, *shape)).shape == (3, 2)
+    else:
+        with pytest.raises(RnormError, match="skinnyprime does not fit images of .*; use another --network") as refused:
+            make_network("skinnyprime", 2, shape)
+        assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("conversion", ["", "lc"])
 @pytest.mark.parametrize("first", [(nn.ReLU(True),), (nn.Dropout(inplace=True),), (nn.Dropout(), nn.ReLU(True))])
 def test_no_first_layer_changes_the_images(monkeypatch, first, conversion):
-    monkeypatch.setitem(NETWORKS, "mine", lambda num_classes: of(*first, conv(), nn.ReLU(True)))
-    net = layers_of(converted_network("mine", conversion, 10))
+    monkeypatch.setitem(NETWORKS, "mine", lambda num_classes: net_of(*first, conv(), nn.ReLU(True)))
+    net = converted_network("mine", conversion, 10)
     x, y = torch.randn(20, *IMAGE), torch.arange(20) % 10
-    images, step = x.clone(), Step(net, IMAGE, 0.1, batch_size=20)
-    step(x, y)
-    evaluate(net, step.net, Data(x, y, x, y, 10, ""))
+    images, fast = x.clone(), streamline(net, IMAGE)
+    sgd_step(fast, SGD(net, [0.1] * 4, 0.1), x, y)
+    evaluate(net, fast, Data(x, y, x, y, 10, ""))
     assert torch.equal(x, images)
 
 
@@ -113,40 +115,39 @@ def test_every_checkpoint_of_a_run_finished_or_not_loads_as_the_network_it_holds
     assert len(checkpoints) == count
     for path in checkpoints:
         network = load_network(path)
-        assert isinstance(network, ConvNet) == ("_lc" not in path.parent.name)
+        untied = any(isinstance(layer, LocallyConnected2d) for layer in network)
+        assert untied == ("_lc" in path.parent.name)
         assert not network.training and network(torch.zeros(2, *IMAGE)).shape == (2, 3)
-        assert equal(dict(network.state_dict()), dict(load(path)["weights"]))
+        assert equal(to_file(network), load(path)["weights"])
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("conversion", ["", "lc", "lc2", "fc", "tied"])
 def test_a_network_without_a_linear_layer_loads(monkeypatch, tmp_path, conversion, bias):
-    def mine(num_classes: int) -> ConvNet:
+    def mine(num_classes: int) -> nn.Sequential:
         last = nn.Conv2d(4, num_classes, 3, bias=bias)
-        return ConvNet(nn.Conv2d(3, 4, 4, stride=4), nn.ReLU(), last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), nn.ReLU(), last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     monkeypatch.setitem(NETWORKS, "mine", mine)
     network = converted_network("mine", conversion, 7)
     path = tmp_path / (f"mine_{conversion}_version_3.pyT" if conversion else "mine_3.pyT")
-    torch.save({"weights": network.state_dict()}, path)
+    torch.save({"weights": to_file(network), "identity": {"num_classes": 7, "image_shape": [3, 32, 32]}}, path)
     x = torch.randn(2, *IMAGE)
     assert torch.equal(load_network(path)(x), network(x)) and network(x).shape == (2, 7)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_of_the_released_code_load(undisturbed, tmp_path, zipped):
-    """Weights and optimizer alone, contiguous, as a zip or in the format before torch 1.6."""
-    for source, net in (
-        (undisturbed / "small_3.pyT", small_cnn(3)),
-        (undisturbed / "small_lc_version_1" / "small_lc_version_3.pyT", untie(small_cnn(3).net, IMAGE)),
-    ):
-        weights = {key: value.contiguous() for key, value in load(source)["weights"].items()}
-        optimizer = torch.optim.SGD(net.parameters(), 0.05).state_dict()
-        path = tmp_path / source.name
+    """Weights and optimizer alone, of ten classes, contiguous, as a zip or in the format before torch 1.6."""
+    cnn = small_cnn(10)
+    for name, net in (("small_3.pyT", cnn), ("small_lc_version_3.pyT", untie(cnn, IMAGE))):
+        weights = {key: value.contiguous() for key, value in to_file(net).items()}
+        assert all(key.startswith(PREFIX) == (net is cnn) for key in weights)
+        optimizer, path = torch.optim.SGD(net.parameters(), 0.05).state_dict(), tmp_path / name
         torch.save({"weights": weights, "optimizer": optimizer}, path, _use_new_zipfile_serialization=zipped)
         load_weights(net, load(path))
         for network in (net, load_network(path)):
-            assert equal({key: value.contiguous() for key, value in network.state_dict().items()}, weights)
+            assert equal({key: value.contiguous() for key, value in to_file(network).items()}, weights)
 
 
 def test_what_is_no_checkpoint_of_a_network_here_is_refused_in_one_line(undisturbed, tmp_path):
@@ -157,7 +158,7 @@ def test_what_is_no_checkpoint_of_a_network_here_is_refused_in_one_line(undistur
         ("other_3.pyT", {"weights": weights}, "other: no such network in models.py"),
         ("small_x.pyT", {"weights": weights}, "its name is not that of a checkpoint"),
         ("small_fcn_version_3.pyT", {"weights": weights}, "no such conversion"),
-        ("small_lc_version_3.pyT", {"weights": weights}, "not those of the network's layers"),
+        ("small_lc_version_3.pyT", {"weights": weights}, "do not fit the network: 1.weight"),
         ("skinnyprime_3.pyT", {"weights": weights}, "is no checkpoint of skinnyprime"),
         ("small_3.pyT", {"weights": cut}, "do not fit"),
         ("small_4.pyT", {"optimizer": {}}, "small_4.pyT is no checkpoint of small"),

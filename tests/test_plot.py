@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 import plot
-from rnorm.checkpoints import save
+from rnorm.store import save
 from rnorm.cli import Stop
 from rnorm.figures import styled
 from rnorm.files import RnormError

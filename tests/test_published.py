@@ -1,22 +1,18 @@
 """What ships in results/: histories, the tables and curves made of them, and how a run gets there."""
 
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 RESULTS = Path(__file__).parents[1] / "results"
 sys.path.insert(0, str(RESULTS))
 
 import plot
-import publish
 import tables
 from fake_runs import make_run, put
 
-from rnorm.results import read_curves, tidy
-from rnorm.runs import Member, Settings, converted_members
+from rnorm.runs import Settings
 
 
 def printed_by(capsys, *runs) -> list[list[str]]:
@@ -65,25 +61,3 @@ def test_controls_are_compared_seed_by_seed_at_equal_epochs_and_at_equal_train_l
     assert [[row[1], row[5]] for row in map(cells, first[2:])] == [
         ["eLCN", "+2.00 ± 0.00"], ["`tied`", "+1.00 ± 0.00 (50 ± 0 %)"], ["CNN at its own rate", "+1.00 ± 0.00"]
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_published_run_holds_all_histories_what_it_can_go_on_from_and_nothing_of_the_machine(
-    tmp_path, monkeypatch, seed
-):
-    run = make_run(tmp_path, conversions=("lc", "tied"), evaluations=2, seed=seed)
-    settings = Settings(epochs=4, n_splits=3, seed=seed)
-    cnn, elcn, tied = (Member(run, settings, name, 2) for name in ("", "lc", "tied"))
-    for member in converted_members(run, settings):
-        if member.split == 1:
-            shutil.rmtree(member.directory)
-    for member in (cnn, elcn, tied):
-        for epoch in (1, 2, 3):
-            member.checkpoint(epoch).write_bytes(bytes(publish.LARGE if member == elcn else 1))
-    monkeypatch.setattr(publish, "PUBLISHED", tmp_path / "published")
-    publish.publish(run)
-    published = tmp_path / "published" / run.name
-    assert tidy(read_curves([published], None, None)) == tidy(read_curves([run], None, None))
-    assert str(tmp_path) not in (published / "config.json").read_text()
-    expected = [tied.checkpoint(1), cnn.checkpoint(2), *([cnn.checkpoint(1)] if seed == 0 else [])]
-    assert {path.name for path in published.rglob("*.pyT")} == {path.name for path in expected}

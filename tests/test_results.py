@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_runs import history, make_run, put
 
-from rnorm.checkpoints import save
+from rnorm.store import save
 from rnorm.files import RnormError
 from rnorm.measure import KEYS
 from rnorm.results import best, grouped, read_curves, read_reference, table, tidy

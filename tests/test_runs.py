@@ -1,10 +1,15 @@
 """What a run is: settings and name, networks and their files, config.json."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from rnorm import runs
 from rnorm.files import RnormError
 from rnorm.runs import Member, Settings, converted_members, environment, log_spaced_epochs, read_config, write_config
 
@@ -24,11 +29,11 @@ def test_run_names_hold_what_differs_from_the_defaults():
     assert Settings().run_name == "epochs=150-n_splits=20-cnn_lr=0.05-lc_lr=0.01"
     settings = Settings(
         splits=(28, 9, 9), lc_epochs=3, network="mine", dataset="ours", data_size=5, batch_size=7, seed=1, shuffle=True,
-        precision="tf32", momentum=0.9, weight_decay=5e-4,
+        precision="tf32", momentum=0.9, weight_decay=5e-4, lc_evaluations=5,
     )  # fmt: skip
     assert settings.run_name == (
         "epochs=150-cnn_lr=0.05-lc_lr=0.01-splits=9+28-lc_epochs=3-network=mine-dataset=ours-data_size=5-batch_size=7"
-        "-seed=1-shuffle-precision=tf32-momentum=0.9-weight_decay=0.0005"
+        "-seed=1-shuffle-precision=tf32-momentum=0.9-weight_decay=0.0005-lc_evaluations=5"
     )
     assert Settings(lc_epochs=150) == Settings()  # what means the same is equal
     assert Settings(splits=(3, 1, 3), n_splits=7) == Settings(splits=(1, 3))
@@ -81,6 +86,18 @@ def test_a_config_says_what_the_run_is(tmp_path, capsys):
     assert (tmp_path / "config.json").read_bytes() == before  # written once
 
 
+def test_the_commit_of_another_repository_is_not_recorded(tmp_path):
+    """As where this one was unpacked without its .git inside another."""
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", environment({}, 1)["git_commit"])
+    git = ("git", "-c", "user.name=x", "-c", "user.email=x@example.org", "-C", str(tmp_path))
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    shutil.copytree(Path(runs.__file__).parent, tmp_path / "inside" / "rnorm")
+    code = "from rnorm.runs import environment; print(environment({}, 1)['git_commit'])"
+    inside = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "inside", capture_output=True, text=True)
+    assert inside.stdout == "unknown\n"
+
+
 @pytest.mark.parametrize("settings, changes, differences", [
     (Settings(), {}, "lc_lr 0.5 there, 0.01 here; seed 7 there, 0 here"),
     (RUN, {"data_sha256": "0ther"}, "data_sha256 5ec there, 0ther here"),
@@ -89,7 +106,7 @@ def test_a_config_says_what_the_run_is(tmp_path, capsys):
 ])  # fmt: skip
 def test_another_run_in_the_directory_is_refused_with_the_differences(tmp_path, settings, changes, differences):
     write_config(tmp_path, RUN, CONFIG)
-    with pytest.raises(RnormError, match="give .*--results_dir, or --fresh to delete it$") as refused:
+    with pytest.raises(RnormError, match="give .*--results_dir, or delete .* to start over$") as refused:
         write_config(tmp_path, settings, CONFIG | changes)
     assert f"is another run: {differences}; give" in str(refused.value)
 
@@ -107,14 +124,14 @@ def test_what_an_older_config_lacks_has_its_default_or_is_not_compared(tmp_path,
     None, b"", b"{}", b"[]", b"[" * 9999, b"\xff", b'{"settings": 3}', b'{"settings": {"splits": [], "seed": ""}}',
     b'{"settings": {"splits": [0.5]}}', b'{"settings": {"x": 1}}', b'{"settings": {"splits": [], "epochs": 0}}',
     b'{"settings": {"splits": []}, "dataset_file": 5}', b'{"settings": {"splits": []}, "layers": 5}',
-    b'{"settings": {"splits": []}, "crc32": 0}',
+    b'{"settings": {"splits": []}, "crc32": 0}', b'{"settings": {"splits": [], "network": "../x"}}',
 ])  # fmt: skip
 def test_a_config_that_is_missing_or_damaged_is_one_line_and_nothing_is_touched(tmp_path, content):
     (tmp_path / "small_0.pyT").touch()  # so it is a run
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     for call in (read_config, lambda run: write_config(run, Settings(), CONFIG)):
-        with pytest.raises(RnormError, match="(missing|damaged).*; put back a copy of it, or start over") as refused:
+        with pytest.raises(RnormError, match="(missing|damaged).*; put back a copy of it, or delete ") as refused:
             call(tmp_path)
         assert "\n" not in str(refused.value)
     left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
