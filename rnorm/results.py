@@ -20,7 +20,7 @@ from rnorm.history import has_diverged
 from rnorm.runs import Member, Settings, converted_members, read_config
 from rnorm.store import load_history
 
-MEASURE_AGAIN = "python measure.py RUN"  # evaluates the checkpoints of a finished run again
+MEASURE_AGAIN = "python convert.py RUN --evaluate"  # evaluates the checkpoints of a finished run again
 MARGINS = {"published": "margin", "multiclass": "multiclass_margin"}  # names of recorded margins
 TABULATED = {
     "test_acc": ("test accuracy", ".2f"), "train_acc": ("train accuracy", ".2f"),
