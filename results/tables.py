@@ -8,6 +8,7 @@ taken seed by seed before that.
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from rnorm.cli import COMPLETE, Parser, finish
-from rnorm.results import Values, average, number, read_curves, read_reference, with_margin
+from rnorm.results import Values, grouped, number, read_curves, read_reference, with_margin
 
 HERE = Path(__file__).parent
 NORM = "log_prod_norm_normalized"
@@ -30,13 +31,15 @@ Networks = dict[tuple[str, int], dict[int, Values]]  # conversion and split to s
 
 def networks_of(runs: list[Path]) -> dict[tuple, Networks]:
     """What runs recorded, by settings without the seed and data, and then by network and seed."""
-    curves, groups = read_curves(runs, None, None), {}
-    for curve in curves:
-        ((of,),) = average([curve], "published")  # without the last entry of one that diverged
-        networks = groups.setdefault((of.member.settings, of.data_sha256), {})
-        if len(of.own_epochs):
-            networks.setdefault((of.member.conversion, of.member.split), {})[curve.member.settings.seed] = of.mean
-    return groups
+    networks = {}
+    for group in grouped(read_curves(runs, None, None), "published"):
+        settings = replace(group[0].member.settings, seed=0)
+        of_group = networks.setdefault((settings, group[0].data_sha256), {})
+        for curve in group:
+            if len(curve.own_epochs):
+                seeds = of_group.setdefault((curve.member.conversion, curve.member.split), {})
+                seeds[curve.member.settings.seed] = curve.values
+    return networks
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -104,9 +107,9 @@ def paper_against_here(networks: Networks) -> None:
         epochs = epochs.astype(int) + curve.member.split
         row = [curve.member.label, f"{len(epochs)}, {epochs[0]} to {epochs[-1]}"]
         for key, limit in (("test_acc", 1), (NORM, 0.05)):
-            digits, apart = SHOWN[key], here[key][i] - curve.mean[key][j]
+            digits, apart = SHOWN[key], here[key][i] - curve.values[key][j]
             worst, large = np.nanargmax(np.abs(apart)), epochs[np.abs(apart) > limit]
-            row.append(f"{curve.mean[key][j][-1]:.{digits}f}, {here[key][i][-1]:.{digits}f}")
+            row.append(f"{curve.values[key][j][-1]:.{digits}f}, {here[key][i][-1]:.{digits}f}")
             row.append(f"{apart[worst]:+.{digits}f} at {epochs[worst]}")
             row.append(f"at {len(large)}, {large[0]} to {large[-1]}" if len(large) else "never")
         rows.append(row)
