@@ -70,7 +70,7 @@ def at_epoch(values: Values, epoch: int) -> Values | None:
 
 
 def at_loss(values: Values, level: float) -> Values | None:
-    """Where train loss first falls to `level`, interpolated in its logarithm; None if it begins lower or stays above."""
+    """Where train loss first falls to `level`, interpolated in its logarithm; None if it begins or stays elsewhere."""
     loss = np.log(values["train_loss"])
     below = np.flatnonzero(loss <= np.log(level))
     if not len(below) or below[0] == 0:
@@ -135,8 +135,8 @@ def paper_against_here(networks: Networks) -> str:
             row[f"more than {limit}"] = f"at {len(large)}, {large[0]} to {large[-1]}" if len(large) else "never"
         rows.append(row)
     note = (
-        "Seed 0; epochs on the CNN's axis. The paper's norm at an eLCN's own epoch 0 repeats that of its epoch 1, so it "
-        "is no measurement and is left out."
+        "Seed 0; epochs on the CNN's axis. The paper's norm at an eLCN's own epoch 0 repeats that of its epoch 1, so "
+        "it is no measurement and is left out."
     )
     return as_table("Paper against here", note, rows)
 
@@ -210,8 +210,8 @@ def first_epoch(networks: Networks) -> str:
                 )
             rows.append(row)
     note = (
-        f"After a network's first own epoch, minus the mean of the CNN's {2 * AROUND + 1} epochs around the split. Beside "
-        "it: how far the CNN at the split itself is from that mean, and the range of those epochs, highest minus lowest."
+        f"After a network's first own epoch, minus the mean of the CNN's {2 * AROUND + 1} epochs around the split. "
+        "Beside it: how far the CNN at the split itself is from that mean, and the range of those epochs."
     )
     return as_table("The first epoch after the split", note, rows)
 
@@ -225,7 +225,7 @@ def single_layers(networks: Networks) -> str:
             accuracies = interval(apart(networks, name, control, level, "test_acc"), 2, PAIRED, "+")
             row = {"network": name, "control": control, "train loss": str(level), "seeds": str(len(norms))}
             rows.append(row | {"norm": interval(norms, 3, 0, "+"), "test accuracy": accuracies})
-    note = "One convolution untied, by its index, minus its control, at one train loss. Layer 5 has 84 % of the filters."
+    note = "One convolution untied, by its index, minus its control, at one train loss. Layer 5 has 84 % of the weights."
     return as_table("Single layers", note, rows)
 
 
