@@ -297,17 +297,20 @@ def test_a_second_process_on_a_network_stops_with_one_line_and_a_dead_one_does_n
     ends_complete(server, command, undisturbed)
 
 
-@pytest.mark.parametrize("file, moved", [("small_2.pyT", "."), ("lc_version_2.pyT", ELCN)])
-def test_a_process_whose_directory_was_moved_away_writes_nothing_into_the_one_that_took_its_place(
-    server, command, undisturbed, file, moved
+@pytest.mark.parametrize("moved, fault, cause", [
+    (".", {"call": "step", "at": 8}, "was moved or deleted"), (".", {"call": "step", "at": 27}, "was moved or deleted"),
+    (ELCN, {"call": "step", "at": 27}, "was moved or deleted"),
+    (".", {"call": "replace", "at": 1, "file": "small_2.pyT"}, "No such file or directory"),
+])  # fmt: skip
+def test_a_process_whose_directory_was_moved_away_writes_nothing_into_the_one_in_its_place(
+    server, command, undisturbed, moved, fault, cause
 ):
-    first = server.start(*command, fault={"action": "stop", "at": 1, "file": file, "call": "replace"})
+    first = server.start(*command, fault={"action": "stop", **fault})
     run = run_of(command)
     (run / moved).rename(command[-1].with_name("moved"))
     ends_complete(server, command, undisturbed)
     before = states(run)
-    first.kill(signal.SIGCONT)
-    assert first.status == 1 and "was moved or deleted" in line_of(first) + ""
+    assert first.kill(signal.SIGCONT).status == 1 and cause in line_of(first)
     assert states(run) == before and not list(run.rglob(".*.tmp"))
 
 
