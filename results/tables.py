@@ -225,7 +225,7 @@ def single_layers(networks: Networks) -> str:
             accuracies = interval(apart(networks, name, control, level, "test_acc"), 2, PAIRED, "+")
             row = {"network": name, "control": control, "train loss": str(level), "seeds": str(len(norms))}
             rows.append(row | {"norm": interval(norms, 3, 0, "+"), "test accuracy": accuracies})
-    note = "One convolution untied, by its index, minus its control, at one train loss. Layer 5 has 84 % of the weights."
+    note = "One convolution untied, by its index, minus its control, at one train loss."
     return as_table("Single layers", note, rows)
 
 
