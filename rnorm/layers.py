@@ -5,7 +5,7 @@ to do so, `Rows` and `Patches`, with first derivatives of their own, and a plain
 differentiate any number of times.
 """
 
-import functools
+import itertools
 import math
 import numbers
 import operator
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 SHORT = 48  # numbers; where a kernel row sees less of an image, copying all patches is quicker on the CPU
@@ -64,7 +65,8 @@ class LocallyConnected2d(nn.Module):
     Shapes:
         - Input: (N, C_in, H, W) or (C_in, H, W), with (H, W) equal to `input_size`; N may be 0.
         - Output: (N, C_out, H_out, W_out) or (C_out, H_out, W_out), with
-          H_out = (H + 2 p_h - d_h (k_h - 1) - 1) // s_h + 1 and W_out alike.
+          H_out = (H + 2 p_h - d_h (k_h - 1) - 1) // s_h + 1 and W_out alike. Its memory format is the input's; channels
+          last is quicker.
 
     Attributes:
         padding: (above, to the left), also where it was given as a word.
@@ -74,6 +76,7 @@ class LocallyConnected2d(nn.Module):
         fused_step: None, or a learning rate: then the backward pass takes the step of plain SGD for the weight itself,
             weight -= fused_step * gradient, and leaves `weight.grad` as it is. That saves writing and reading the
             largest gradient. For a layer used once per step.
+        way: `Rows`, `Patches`, or None: the quicker one.
 
     State dict: views of `weight` in the shape of `filters`, and of `bias` as (1, C_out, H_out, W_out). With
     `keep_vars=True` the parameters themselves. What a parametrization puts in their place is saved as it is.
@@ -91,7 +94,7 @@ class LocallyConnected2d(nn.Module):
     FakeTensorMode, memory trackers       yes
     `fx.symbolic_trace`                   yes; the layer is one node of the graph
     FlopCounterMode                       counts what is computed, without products with padding
-    `view` of the output                  no, its memory format is not promised: `flatten` and `reshape` work
+    memory formats                        as `nn.Conv2d`: after a contiguous input `view` works
     activation checkpointing              yes, with and without reentry
     deepcopy, pickle, `functional_call`   yes; `functional_call` takes parameters, and refuses a state dict
     `nn.init.orthogonal_`, `permute`      a weight in any memory order; the file formats stay as they are
@@ -157,6 +160,8 @@ class LocallyConnected2d(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.fused_step: float | None = None
+        self.way: type[Rows] | type[Patches] | None = None
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}  # of `_readers`; a CUDA graph of this layer reads them
         self.reset_parameters()
 
     def reset_parameters(self, init: Callable[[Tensor], Any] | None = None) -> None:
@@ -206,15 +211,15 @@ class LocallyConnected2d(nn.Module):
             expected = ("N", self.in_channels, *self.input_size)
             raise ValueError(f"expected an input of shape {expected} or {expected[1:]}, not {tuple(x.shape)}")
         if x.dim() == 3:
-            return self.compute(x[None], self.padding, self.output_size)[0]
-        return self.compute(x, self.padding, self.output_size)
+            return self.forward(x[None])[0]
+        out = self.compute(x, self.padding, self.output_size)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-    def compute(
-        self, x: Tensor, padding: tuple[int, int], outputs: tuple[int, int], way: type | None = None
-    ) -> Tensor:
+    def compute(self, x: Tensor, padding: tuple[int, int], outputs: tuple[int, int]) -> Tensor:
         """The first `outputs` (rows, columns) of the output, for an input with `padding` zeros (above, to the left).
 
-        `way` is Rows or Patches; None: what is quicker.
+        In whatever memory format is quickest, which is channels last.
         """
         geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation, outputs)
         weight, bias, device = self.weight, self.bias, x.device.type
@@ -231,7 +236,8 @@ class LocallyConnected2d(nn.Module):
             raise ValueError(f"the input is {x.dtype} and the weight {weight.dtype}; they have to be alike and real")
         if plain:
             return unfolded(x, weight, bias, geometry)
-        out = _LocallyConnected.apply(x, weight, bias, geometry, self.fused_step, way or quicker_way(x, geometry))
+        way = self.way or quicker_way(x, geometry)
+        out = _LocallyConnected.apply(x, weight, bias, geometry, self.fused_step, way, self._tables)
         return out.permute(0, 3, 1, 2)  # here, as layers after this one may change a view of it in place
 
     def _check_weight(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -391,7 +397,7 @@ class Rows:
             add_product(total[part.weight].flatten(1, 2), patches, grad[part.output], alpha)
 
     @staticmethod
-    def input_gradient(grad: Tensor, weight: Tensor, g: Geometry, size: tuple[int, ...]) -> Tensor:
+    def input_gradient(grad: Tensor, weight: Tensor, g: Geometry, size: tuple[int, ...], tables: dict) -> Tensor:
         """The gradient for an input of size (N, C_in, H, W)."""
         n, channels, height, width = size
         grad_x = grad.new_zeros(height, n, width, channels)
@@ -427,18 +433,23 @@ class Patches:
             part.add_(torch.bmm(patches, part_grad).unflatten(0, part.shape[:2]), alpha=alpha)
 
     @staticmethod
-    def input_gradient(grad: Tensor, weight: Tensor, g: Geometry, size: tuple[int, ...]) -> Tensor:
-        """The gradient for an input of size (N, C_in, H, W): every pixel's is a sum over the taps that read it."""
+    def input_gradient(grad: Tensor, weight: Tensor, g: Geometry, size: tuple[int, ...], tables: dict) -> Tensor:
+        """The gradient for an input of size (N, C_in, H, W): every pixel's is a sum over the taps that read it.
+
+        What `_readers` returns is kept in `tables`.
+        """
         n, channels, height, width = size
         filters = weight.flatten(2, 4).flatten(0, 1)
         taps = torch.bmm(grad.flatten(0, 1), filters.transpose(1, 2))  # (H_out * W_out, N, k_h * k_w * C_in)
-        cached = type(grad).__name__ != "FakeTensor"  # what is made in a FakeTensorMode must not be kept
-        readers, first = (_readers if cached else _readers.__wrapped__)(g, height, width, grad.device)
-        # Those of image m among n: a position's taps of all images lie together.
-        count, window, images = len(readers), math.prod(g.kernel), torch.arange(n, device=grad.device)[:, None]
-        readers = (readers // window * n + images) * window + readers % window
-        first = (first + images * count).flatten()
-        grad_x = F.embedding_bag(readers.flatten(), taps.view(-1, channels), first, mode="sum")
+        key = g, height, width, grad.device
+        readers, first = tables.get(key) or _readers(*key)
+        if not isinstance(grad, FakeTensor):
+            tables[key] = readers, first
+        # The same for n images. In `taps` all images of a position lie together, and of each image a whole window.
+        window, images = math.prod(g.kernel), torch.arange(n, device=grad.device)[:, None]
+        first = (first + images * len(readers)).flatten()
+        readers = (readers // window * (n * window) + readers % window + images * window).flatten()
+        grad_x = F.embedding_bag(readers, taps.view(-1, channels), first, mode="sum")
         return grad_x.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -448,26 +459,21 @@ def quicker_way(x: Tensor, g: Geometry) -> type[Rows] | type[Patches]:
     return Rows if x.device.type == "cpu" and adjacent >= SHORT else Patches
 
 
-@functools.cache
 def _readers(g: Geometry, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which taps read which pixel of one image (C_in, height, width).
 
     Returns (the taps, as indices into (H_out, W_out, k_h, k_w) flattened, in the order of the pixels; for each pixel
-    where its taps begin). All are kept, some kilobytes a layer: CUDA graphs read them, and a capture must send no
-    numbers to the device.
+    where its taps begin).
     """
-    (k_h, k_w), _, _, _, (rows, columns) = g
-    y, x = (torch.arange(o)[:, None] * s + torch.arange(k) * d - p for k, s, p, d, o in zip(*g))  # (outputs, kernel)
-    y, x = y[:, None, :, None], x[:, None, :]
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    pixel = torch.where(inside, y * width + x, height * width).flatten()
-    order = pixel.argsort(stable=True)
-    first = torch.searchsorted(pixel[order], torch.arange(height * width))
-    count = math.prod(
-        sum(len(_inside(i * d - p, s, o, size)) for i in range(k))
-        for k, s, p, d, o, size in zip(*g, (height, width))
-    )
-    return order[:count].to(device), first.to(device)
+    readers: list[list[int]] = [[] for _ in range(height * width)]
+    (s_h, s_w), (p_h, p_w), (d_h, d_w) = g.stride, g.padding, g.dilation
+    for tap, (h, w, i, j) in enumerate(itertools.product(*map(range, (*g.outputs, *g.kernel)))):
+        y, x = h * s_h + i * d_h - p_h, w * s_w + j * d_w - p_w
+        if 0 <= y < height and 0 <= x < width:
+            readers[y * width + x].append(tap)
+    first = itertools.accumulate(map(len, readers[:-1]), initial=0)
+    flat = itertools.chain.from_iterable(readers)
+    return tuple(torch.tensor(list(numbers), dtype=torch.int64).to(device) for numbers in (flat, first))
 
 
 class _LocallyConnected(torch.autograd.Function):
@@ -475,13 +481,14 @@ class _LocallyConnected(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, fused_step: float | None, way: type
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, fused_step: float | None, way: type,
+        tables: dict,
+    ) -> Tensor:  # fmt: skip
         rows, columns = g.outputs
         result = x.new_empty(len(x), rows, columns, weight.shape[-1])
         addend = x.new_zeros(1, 1, 1) if bias is None else bias[:rows, :columns]
         seen = way.forward(result.permute(1, 2, 0, 3), x, weight[:rows, :columns], addend, g)
-        ctx.way, ctx.g, ctx.fused_step = way, g, fused_step
+        ctx.way, ctx.g, ctx.fused_step, ctx.tables = way, g, fused_step, tables
         ctx.save_for_backward(x, seen, weight, bias)
         return result
 
@@ -501,7 +508,7 @@ class _LocallyConnected(torch.autograd.Function):
             grad = grad.contiguous()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.way.input_gradient(grad, weight[:rows, :columns], g, x.shape)
+            grad_x = ctx.way.input_gradient(grad, weight[:rows, :columns], g, x.shape, ctx.tables)
         if ctx.needs_input_grad[1] and ctx.fused_step is None:
             grad_weight = weight.new_zeros(weight.shape)  # contiguous, whatever the weight is
             ctx.way.add_weight_gradient(grad_weight[:rows, :columns], seen, grad, g, 1)
@@ -514,4 +521,4 @@ class _LocallyConnected(torch.autograd.Function):
             grad_bias = grad.sum(2)
             if grad_bias.shape != bias.shape:
                 grad_bias = F.pad(grad_bias, (0, 0, 0, bias.shape[1] - columns, 0, bias.shape[0] - rows))
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None

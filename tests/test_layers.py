@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from rnorm import layers
 from rnorm.layers import Geometry, LocallyConnected2d, Patches, Rows, layer_shapes, unfolded
 
 ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -28,9 +27,12 @@ DEVICES = ["cpu", GPU]
 WAYS = {"rows": Rows, "patches": Patches}
 
 
-def by(way):
-    """Within this context, layers compute in the way named."""
-    return patch.object(layers, "quicker_way", lambda x, g: WAYS[way])
+def by(way, net):
+    """`net`, whose locally connected layers now compute in the way named."""
+    for layer in net.modules():
+        if isinstance(layer, LocallyConnected2d):
+            layer.way = WAYS[way]
+    return net
 
 
 def plain(x, weight, bias, layer):
@@ -102,18 +104,17 @@ def expected(case):
 @settings(max_examples=120)
 @given(cases())
 def test_the_layer_computes_its_definition_its_gradients_and_fused_steps_in_every_way(case):
-    layer, x, lr = case.layer, case.x.requires_grad_(), 0.3
+    layer, x, lr = by(case.way, case.layer), case.x.requires_grad_(), 0.3
     out, gradients = expected(case)
-    with by(case.way):
-        for actual in (
-            layer(x) if case.outputs == layer.output_size else layer.compute(x, layer.padding, case.outputs),
-            unfolded(x, layer.weight, layer.bias, geometry_of(layer, case.outputs)),
-        ):
-            assert actual.shape == out.shape and close(actual, out, case.tolerance)
-            got = torch.autograd.grad(actual, (x, *layer.parameters()), case.grad)
-            assert all(close(*both, case.tolerance) for both in zip(got, gradients))
-        before, layer.fused_step = layer.weight.detach().clone(), lr
-        layer.compute(x, layer.padding, case.outputs).backward(case.grad)
+    for actual in (
+        layer(x) if case.outputs == layer.output_size else layer.compute(x, layer.padding, case.outputs),
+        unfolded(x, layer.weight, layer.bias, geometry_of(layer, case.outputs)),
+    ):
+        assert actual.shape == out.shape and close(actual, out, case.tolerance)
+        got = torch.autograd.grad(actual, (x, *layer.parameters()), case.grad)
+        assert all(close(*both, case.tolerance) for both in zip(got, gradients))
+    before, layer.fused_step = layer.weight.detach().clone(), lr
+    layer.compute(x, layer.padding, case.outputs).backward(case.grad)
     assert layer.weight.grad is None and close(layer.weight.detach(), before - lr * gradients[1], case.tolerance)
     assert close(x.grad, gradients[0], case.tolerance)
     assert layer.bias is None or close(layer.bias.grad, gradients[2], case.tolerance)
@@ -130,13 +131,13 @@ def small_layer(bias=True, device="cpu"):
 @pytest.mark.parametrize("bias", [True, False])
 def test_first_and_second_derivatives_are_those_of_finite_differences(bias, way, device):
     layer, x = small_layer(bias, device)
-    with by(way):
-        assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=device == "cuda")
-        assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True)
-        layer.requires_grad_(False)
-        assert torch.autograd.gradgradcheck(layer, (x,), fast_mode=True)
-        layer.weight.requires_grad_()
-        assert torch.autograd.gradgradcheck(lambda _: layer(x.detach()).square(), (layer.weight,), fast_mode=True)
+    by(way, layer)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=device == "cuda")
+    assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True)
+    layer.requires_grad_(False)
+    assert torch.autograd.gradgradcheck(layer, (x,), fast_mode=True)
+    layer.weight.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda _: layer(x.detach()).square(), (layer.weight,), fast_mode=True)
 
 
 def test_a_fused_step_refuses_what_would_lose_it():
@@ -190,8 +191,8 @@ def test_any_optimiser_trains_it_as_it_trains_the_definition(optimizer, lr):
 def test_autocast_is_followed_as_a_convolution_follows_it(way):
     torch.manual_seed(0)
     conv, x = nn.Conv2d(3, 2, 3), torch.randn(2, 3, 8, 8)
-    layer = LocallyConnected2d.from_conv2d(conv, 8)
-    with by(way), torch.autocast("cpu", torch.bfloat16):
+    layer = by(way, LocallyConnected2d.from_conv2d(conv, 8))
+    with torch.autocast("cpu", torch.bfloat16):
         out, reference = layer(x), conv(x)
     (out.float().square().sum() + reference.float().square().sum()).backward()
     assert out.dtype == reference.dtype == torch.bfloat16 and close(out, reference, 0.02)
@@ -253,12 +254,18 @@ def test_functional_call_takes_other_parameters_and_they_can_be_flattened():
     assert torch.equal(net(x), other(x))
 
 
-def test_transforms_of_torch_func_and_complex_numbers_work_with_the_plain_form():
+def test_transforms_of_torch_func_batched_gradients_and_complex_numbers_work_with_the_plain_form():
     layer, x = small_layer()
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda x: layer(x).sum())(x)
     got = torch.func.grad(lambda x: unfolded(x, layer.weight, layer.bias, geometry_of(layer)).sum())(x)
     assert close(got, torch.autograd.grad(layer(x).sum(), x)[0], 1e-12)
+    batch = torch.randn(4, *layer(x).shape, dtype=x.dtype)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.grad(layer(x), x, batch, is_grads_batched=True)
+    out = unfolded(x, layer.weight, layer.bias, geometry_of(layer))
+    (got,) = torch.autograd.grad(out, x, batch, is_grads_batched=True)
+    assert close(got, torch.stack([torch.autograd.grad(layer(x), x, grad)[0] for grad in batch]), 1e-12)
     parts = [t.detach().to(torch.complex128).requires_grad_() for t in (x, layer.weight, layer.bias)]
     assert torch.autograd.gradcheck(lambda *parts: unfolded(*parts, geometry_of(layer)), parts, fast_mode=True)
 
@@ -317,14 +324,13 @@ def test_a_state_dict_that_does_not_fit_is_refused_with_the_shapes_of_the_file_f
 @pytest.mark.parametrize("way", WAYS)
 def test_a_weight_in_any_memory_order_gets_its_gradient_and_its_steps(way, fused_step):
     layer, x = small_layer()
-    reference = copy.deepcopy(layer)
+    reference = copy.deepcopy(by(way, layer))
     for order in itertools.islice(itertools.permutations(range(6)), 0, None, 37):
         back = [order.index(i) for i in range(6)]
         layer.weight = nn.Parameter(reference.weight.detach().clone().permute(order).contiguous().permute(back))
         layer.fused_step, reference.weight.grad = fused_step, None
-        with by(way):
-            layer(x).square().sum().backward()
-            reference(x).square().sum().backward()
+        layer(x).square().sum().backward()
+        reference(x).square().sum().backward()
         if fused_step:
             expected = reference.weight - fused_step * reference.weight.grad
             assert close(layer.weight.detach(), expected.detach(), 1e-12)
@@ -368,9 +374,8 @@ def test_copies_are_independent():
 def test_an_empty_batch_has_gradients_of_zero(way):
     layer, _ = small_layer()
     x = torch.empty(0, 2, 5, 4, dtype=torch.float64, requires_grad=True)
-    with by(way):
-        out = layer(x)
-        out.sum().backward()
+    out = by(way, layer)(x)
+    out.sum().backward()
     assert out.shape == (0, 3, *layer.output_size) and x.grad.shape == x.shape
     assert not layer.weight.grad.any() and not layer.bias.grad.any()
 
@@ -408,15 +413,29 @@ def test_the_layer_is_initialised_like_a_convolution(init):
     assert layer.bias.abs().max() <= 1 / (8 * 25) ** 0.5
 
 
+def bytes_of_indices():
+    gc.collect()
+    return sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.int64)
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_what_a_layer_keeps_does_not_grow_with_the_sizes_of_batches(way):
-    layer, sizes = LocallyConnected2d(1, 1, 7, 2), []
-    with by(way):
-        for n in range(1, 9):
-            layer(torch.randn(n, 1, 7, 7, requires_grad=True)).sum().backward()
-            gc.collect()
-            sizes.append(sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.int64))
-    assert sizes[-1] <= sizes[1]
+def test_what_a_layer_keeps_does_not_grow_with_the_sizes_of_batches_and_goes_with_the_layer(way):
+    before, layer, sizes = bytes_of_indices(), by(way, LocallyConnected2d(1, 1, 7, 2)), []
+    for n in (1, 2, 9):
+        layer(torch.randn(n, 1, 7, 7, requires_grad=True)).sum().backward()
+        sizes.append(bytes_of_indices())
+    del layer
+    assert sizes[0] == sizes[-1] and bytes_of_indices() == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("form", [lambda net: net, compiled, exported])
+def test_the_output_has_the_memory_format_of_the_input_as_a_convolutions_has(form, way):
+    conv = nn.Conv2d(3, 4, 3)
+    layer = form(by(way, LocallyConnected2d.from_conv2d(conv, 8)))
+    for x in (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)):
+        assert layer(x).stride() == conv(x).stride() or form is exported  # which fixes that of its example
+    assert layer(torch.randn(2, 3, 8, 8)).view(2, -1).shape == (2, 4 * 6 * 6)
 
 
 @pytest.mark.parametrize("sizes", [
