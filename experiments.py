@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     settings = settings_of(args)
     run, elsewhere = args.results_dir / settings.run_name, "name another --results_dir"
-    if len(settings.run_name.encode()) > 255:
+    if len(settings.run_name.encode(errors="replace")) > 255:
         raise Stop("the run's name is longer than a file's can be; give fewer --splits, or --n_splits in their place")
     members = [Member(run, settings)]
     if not args.cnn_only:
