@@ -282,7 +282,7 @@ def test_a_state_of_another_epoch_or_network_is_set_aside(tmp_path, capsys, chan
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("change", [
     torch.Tensor.double, torch.Tensor.half, torch.Tensor.long, torch.Tensor.cfloat, torch.Tensor.tolist,
-    torch.Tensor.to_sparse, torch.Tensor.to_mkldnn, lambda weight: weight.to("meta"), lambda weight: weight[None],
+    torch.Tensor.to_sparse, lambda weight: weight.to("meta"), lambda weight: weight[None],
     lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
 ])  # fmt: skip
 def test_weights_are_dense_tensors_of_the_networks_own_kind_of_number(tmp_path, capsys, change):
