@@ -221,9 +221,11 @@ class Store:
             self.member.latest_file.unlink(missing_ok=True)
 
     def _is_good(self, path: Path) -> bool:
-        """Whether a checkpoint can be read back, so that it may take the place of others."""
+        """Whether a checkpoint of this network can be read back, so that it may take the place of others."""
         try:
-            return bool(from_file(load(path)))
+            state = load(path)
+            self._check_identity(state)
+            return bool(from_file(state))
         except (Damaged, OSError):
             return False
 
@@ -284,12 +286,16 @@ class Store:
             print(f"warning: {path} cannot be read ({error.strerror}); an older one is used", file=sys.stderr)
         return None
 
-    def _check(self, state: dict, path: Path, training: "Training") -> None:
-        """Raise Damaged unless the network can be continued from the state that was loaded from `path`."""
+    def _check_identity(self, state: dict) -> None:
+        """Raise Damaged if a loaded checkpoint says that it is of another network or of other data."""
         identity = state.get("identity", {})  # older files do not say whose they are
         for key, value in self.identity.items():
             if isinstance(identity, dict) and key in identity and identity[key] != value:
                 raise Damaged(f"it is of a run with {key} {identity[key]}")
+
+    def _check(self, state: dict, path: Path, training: "Training") -> None:
+        """Raise Damaged unless the network can be continued from the state that was loaded from `path`."""
+        self._check_identity(state)
         check_weights(training.net, state)
         epoch, step = state.get("epoch"), state.get("step")
         if type(epoch) is not int or type(step) is not int or step < 0 or type(state.get("loss", 0.0)) is not float:
