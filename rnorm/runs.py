@@ -190,6 +190,8 @@ def read_config(run: Path) -> tuple[Settings, dict]:
     """The settings and all of config.json of a run; raises RnormError if `run` is not one or config.json is damaged."""
     path, remedy = run / "config.json", f"put back a copy of it, or delete {run} to start over"
     try:
+        if path.exists() and not path.is_file():  # to read a FIFO would wait for ever
+            raise ValueError("it is no file")
         config = json.loads(path.read_text())
         if config.pop("crc32", _crc32(config)) != _crc32(config):
             raise ValueError("wrong checksum")

@@ -1,6 +1,7 @@
 """What a run is: settings and name, networks and their files, config.json."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -109,6 +110,12 @@ def test_another_run_in_the_directory_is_refused_with_the_differences(tmp_path, 
     with pytest.raises(RnormError, match="give .*--results_dir, or delete .* to start over$") as refused:
         write_config(tmp_path, settings, CONFIG | changes)
     assert f"is another run: {differences}; give" in str(refused.value)
+
+
+def test_a_fifo_in_the_place_of_a_config_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(RnormError, match="config.json is damaged .*it is no file"):
+        read_config(tmp_path)
 
 
 def test_what_an_older_config_lacks_has_its_default_or_is_not_compared(tmp_path, capsys):

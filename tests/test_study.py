@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare_runs import equal, states
+from conftest import run_of
 from small_study import run, small_cnn
 from torch import nn
 
@@ -206,6 +207,16 @@ def test_finished_runs_are_evaluated_again_for_what_they_lack_and_keep_what_they
     assert {file for file, state in states(path).items() if state != before[file]} == {
         Path(member.history_file.relative_to(path)) for member in (elcn, Member(path, elcn.settings))
     }
+
+
+def test_what_was_added_to_the_history_of_an_unfinished_network_stays_when_it_goes_on(server, command, undisturbed):
+    server.run(*command, fault={"action": "SIGTERM", "at": 27, "call": "step"})  # in epoch 2 of the eLCN from 1
+    elcn = Member(run_of(command), read_config(undisturbed)[0], "lc", 1)
+    save(load_history(elcn) | {"sharpness": [1.0, 2.0]}, elcn.history_file)
+    assert server.run(*command).status == 0
+    history = load_history(elcn)
+    assert repr(history.pop("sharpness")) == "[1.0, 2.0, nan, nan]"
+    assert equal(history, history_of(undisturbed, "lc", 1))
 
 
 def test_double_precision_is_double_throughout(tmp_path, npz):
