@@ -3,8 +3,8 @@
 #   make test          all tests
 #   make test-oldest   those of the layer, the step and a study, on the oldest torch allowed; Python 3.10 to 3.12
 #   make bench         times one training step on the CPU
-#   make gpu           tests the code for CUDA on this machine's GPU and times the study there, in about ten minutes.
-#                      It prints a report in markdown. Please post it on the issues page of this repository.
+#   make gpu           runs the tests of CUDA on this machine's GPU and times the study there; we expect 10 minutes.
+#                      It prints a report. Please post it on this repository's issues page.
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO = --dataset synthetic --epochs 12 --splits 1 3 6 --cnn_lr 0.05 --lc_lr 0.01 --batch_size 25

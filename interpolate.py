@@ -9,7 +9,9 @@ points that are trained at lc_lr and drawn to their neighbours. Source: arXiv:19
 
 import copy
 import math
+import re
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from rnorm.signals import check_signals, note_signals
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
 
+from rnorm.figures import render, styled  # before matplotlib, as it decides how that is loaded
+
+# isort: split
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,7 +37,7 @@ from rnorm.fast import streamline
 from rnorm.files import write_file
 from rnorm.flags import add_data_flags, data_of_run, member_of, open_device
 from rnorm.measure import evaluate
-from rnorm.results import STYLE, render, to_csv
+from rnorm.results import csv_rows, to_csv
 from rnorm.runs import Member, Settings, read_config
 from rnorm.store import save
 from train import SGD, epoch_order, sgd_step
@@ -84,7 +88,7 @@ def evaluate_path(nets: Iterable[nn.Module], alphas: list[float], data: Data, av
         if average:
             average.alpha = alpha
         for key, value in evaluate(net, average or streamline(net, data.image_shape), data).items():
-            if average and 0 < alpha < 1 and ("norm" in key or "untied" in key or key == "nonlocal"):
+            if average and 0 < alpha < 1 and re.search("norm|log_|untied|nonlocal", key):
                 value = math.nan
             path.setdefault(key, []).append(value)
     return path
@@ -101,7 +105,7 @@ def figure_of(path: dict[str, list], title: str) -> Figure:
     return figure
 
 
-def members_of(files: list[Path]) -> list[Member]:
+def networks_of(files: list[Path]) -> list[Member]:
     """The networks that two checkpoints are of; raises Stop if their runs differ in network or data."""
     members = [member_of(file) for file in files]
     a, b = (vars(member.settings) | read_config(member.run)[1] for member in members)
@@ -110,7 +114,33 @@ def members_of(files: list[Path]) -> list[Member]:
     return members
 
 
-@rc_context(STYLE)
+def open_output(out: Path, identity: dict[str, str]) -> Path:
+    """Where a path's files go, without their endings; raises Stop if nothing can be written, or another path is there.
+
+    `identity` says method and ends; a .csv of before holds them in every row.
+    """
+    ends = (Path(end) for end in (identity["a"], identity["b"]))
+    names = (f"{file.parent.name}_{epoch_of(file)}" if "_version_" in file.stem else file.stem for file in ends)
+    file = out / f"{identity['method']}-{'-to-'.join(names)}"
+    with writing(out, "name another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    if (csv := with_ending(file, ".csv")).exists():
+        with csv_rows(csv) as rows:
+            if any(row.get(key) != value for row in rows for key, value in identity.items()):
+                raise Stop(f"{csv} is a path between other checkpoints of these names; name another --out")
+    return file
+
+
+def with_ending(file: Path, ending: str) -> Path:
+    return file.with_name(file.name + ending)  # its name may hold dots
+
+
+def epoch_of(checkpoint: Path) -> str:
+    return checkpoint.stem.rpartition("_")[2]
+
+
+@styled()
 def main(argv: list[str]) -> int:
     """Interpolate as the command line `argv` says; returns the exit status."""
     parser = Parser(__doc__)
@@ -119,16 +149,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--method", choices=("linear", "curvilinear", "average", "string"), default="linear")
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="of a string's training (default: 10)")
     parser.add_argument("--stiffness", type=float, default=0.1, metavar="K", help="of a string (default: 0.1)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where path.hist, path.csv, path.png go; beside B")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the path's .hist, .csv and .png go; beside B")
     add_data_flags(parser)
     args = parser.parse_args(argv)
     for name, low, high in (("points", 2, 10**4), ("epochs", 0, 10**5), ("stiffness", 0, 0.5)):
         if not low <= getattr(args, name) <= high:
             raise Stop(f"--{name} {getattr(args, name)}: has to be between {low} and {high}")
-    first, last = members_of(args.files)
-    device, out = open_device(args.device), args.out or args.files[1].parent
-    with writing(out, "name another --out"):
-        out.mkdir(parents=True, exist_ok=True)
+    first, last = networks_of(args.files)
+    device = open_device(args.device)
+    identity = {"method": args.method} | dict(zip("ab", (str(file.resolve()) for file in args.files)))
+    file = open_output(args.out or args.files[1].parent, identity)
     ends = [load_network(file).to(device, memory_format=torch.channels_last) for file in args.files]
     data = data_of_run(last.run, args.data_dir, device)
     set_precision(last.settings.precision)
@@ -140,11 +170,14 @@ def main(argv: list[str]) -> int:
     elif args.method == "string":
         train_string(nets := list(nets), data, last.settings, args.epochs, args.stiffness)
     path = evaluate_path(nets, alphas, data, average)
-    save(path, out / "path.hist")
-    write_file(out / "path.csv", to_csv([dict(zip(path, values)) for values in zip(*path.values())]).encode())
-    names = (f"{of.label}, epoch {file.stem.rpartition('_')[2]}" for of, file in zip((first, last), args.files))
-    write_file(out / "path.png", render(figure_of(path, f"{args.method} path: {'; '.join(names)}"), ".png"))
-    print(f"highest train loss {max(path['train_loss']):.3f}; path.hist, path.csv and path.png lie in {out}")
+    names = (f"{member.label}, epoch {epoch_of(end)}" for member, end in zip((first, last), args.files))
+    figure = render(figure_of(path, f"{args.method} path: {'; '.join(names)}"), ".png")
+    rows = [identity | dict(zip(path, values)) for values in zip(*path.values())]
+    with writing(file, "name another --out"):
+        save(identity | path, with_ending(file, ".hist"))
+        write_file(with_ending(file, ".csv"), to_csv(rows).encode())
+        write_file(with_ending(file, ".png"), figure)
+    print(f"highest train loss {max(path['train_loss']):.3f}; {file}.hist, .csv and .png")
     return COMPLETE
 
 

@@ -1,11 +1,11 @@
-"""What a GPU computes here and how fast, as markdown on stdout; about ten minutes on one GPU.
+"""What a GPU computes here and how fast, as markdown on stdout; we expect ten minutes on one GPU.
 
     make gpu
     python benchmarks/gpu.py --dataset cifar10.npz      times the study on CIFAR-10; or --data_dir, where it lies
     python benchmarks/gpu.py --device cpu               the same parts with a small network: does this script work?
 
 Ends with the claims that it tested, and with status 1 if one fails; with one line where no GPU can be used. It writes
-up to 2 GB to a temporary directory. Audited on a pretended GPU, not yet run on a GPU.
+up to 2 GB to a temporary directory. Audited on a pretended GPU; not yet run on a real one.
 """
 
 import argparse

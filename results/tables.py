@@ -1,11 +1,13 @@
-"""The tables of README.md and results/README.md, from the histories of runs.
+"""The tables of results/tables.md, from the histories of runs.
 
-    python results/tables.py [RUN ...]     by default the runs in results/published
+    python results/tables.py [RUN ...] [--out results/tables.md]        by default of the runs in results/published
 
-Prints markdown. Every number with a ± is a mean over seeds and a sample standard deviation; differences and shares are
-taken seed by seed before that.
+Prints markdown. Networks are compared where their train loss first falls to a given level, interpolated in its
+logarithm between two evaluations; differences are taken seed by seed. A ± is half of a 95 % interval: over seeds by
+Student's t, and of a test accuracy also for the 10,000 test images. One seed alone has the second part only.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,187 +16,268 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from rnorm.cli import COMPLETE, Parser, finish
-from rnorm.results import Values, average, number, read_curves, read_reference, with_margin
+from rnorm.cli import COMPLETE, Parser, finish, writing
+from rnorm.files import write_file
+from rnorm.results import Curve, Values, grouped, number, read_curves, read_reference, with_margin
 
 HERE = Path(__file__).parent
 NORM = "log_prod_norm_normalized"
-SHOWN = {"train_loss": 3, "train_acc": 2, "test_acc": 2, NORM: 3}  # quantities, and digits after the point
-COMPARED = SHOWN | {"log_prod_norm": 2, "margin": 2, "multiclass_margin": 2}
-TITLES = {"train_acc": "train accuracy", "test_acc": "test accuracy", NORM: "norm", "margin": "published margin"}
-OWN_EPOCHS = (1, 10, 30, 67, 150)
-CNN_EPOCHS = (1, 9, 28, 29, 67, 85, 150)
+NORMS = {NORM: "Frobenius", "log_prod_spectral_normalized": "spectral", "log_path1_normalized": "L1 path",
+         "log_path2_normalized": "L2 path"}  # fmt: skip
+MARGINS = {"published": "published margin", "multiclass": "multiclass margin, test images",
+           "multiclass_margin_train_p10": "10th percentile of the multiclass margins, training images"}  # fmt: skip
+LEVELS = (0.35, 0.15, 0.04, 0.01)  # of the train loss
+OWN_EPOCHS, CNN_EPOCHS = (1, 10, 30, 67, 150), (1, 9, 28, 29, 67, 85, 150)
+AROUND = 4  # epochs of the CNN before and after a split, whose mean a network's first epoch is compared with
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # number of seeds to the 97.5th percentile of t
+ONE, PAIRED = 0.44, 0.40  # standard errors in points: of a test accuracy; of a difference on the same images, at most
 
-Networks = dict[tuple[str, int], dict[int, Values]]  # conversion and split to seed to evaluations
+Networks = dict[str, dict[int, Values]]  # a network's name, such as "eLCN from 28", to its seeds' evaluations
 
 
 def networks_of(runs: list[Path]) -> dict[tuple, Networks]:
-    """What runs recorded, by settings without the seed and data, and then by network and seed."""
-    curves, groups = read_curves(runs, None, None), {}
-    for curve in curves:
-        ((of,),) = average([curve], "published")  # without the last entry of one that diverged
-        networks = groups.setdefault((of.member.settings, of.data_sha256), {})
-        if len(of.own_epochs):
-            networks.setdefault((of.member.conversion, of.member.split), {})[curve.member.settings.seed] = of.mean
+    """What runs recorded, by the settings and data of the CNN; in each the networks by name and seed, CNN first.
+
+    A name has the learning rate where it is not 0.01: "eLCN at 0.05 from 28".
+    """
+    groups: dict[tuple, Networks] = {}
+    curves = sum(grouped(read_curves(runs, None, None), "published"), [])
+    for curve in sorted(curves, key=place):
+        settings = dataclasses.replace(curve.member.settings, seed=0, lc_lr=0.01)
+        seeds = groups.setdefault((settings, curve.data_sha256), {}).setdefault(name_of(curve), {})
+        seeds.setdefault(curve.member.settings.seed, curve.values)
     return groups
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    if rows:
-        print(f"**{title}**\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-        print(*(f"| {' | '.join(row)} |" for row in rows), "", sep="\n")
+def place(curve: Curve) -> tuple:
+    member = curve.member
+    return not member.is_cnn, member.split, member.conversion != "lc", member.conversion, member.settings.lc_lr
 
 
-def spread(values: Iterable[float], digits: int, sign: str = "") -> str:
-    """Mean and sample standard deviation, of which a single value has none."""
-    values = list(values)
-    if len(values) < 2 or not np.isfinite(values).all():
-        return number(np.mean(values), f"{sign}.{digits}f")
-    return f"{np.mean(values):{sign}.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+def name_of(curve: Curve) -> str:
+    member, rate = curve.member, curve.member.settings.lc_lr
+    return member.label if member.is_cnn or rate == 0.01 else f"{member.title} at {rate} from {member.split}"
 
 
-def name_of(conversion: str) -> str:
-    return {"": "CNN", "lc": "eLCN"}.get(conversion, f"`{conversion}`")
-
-
-def titles(keys: Iterable[str]) -> list[str]:
-    return [TITLES.get(key, key.replace("_", " ")) for key in keys]
+def split_of(name: str) -> str:
+    return name.rpartition(" from ")[2] if " from " in name else ""
 
 
 def at_epoch(values: Values, epoch: int) -> Values | None:
     """The evaluation after `epoch` own epochs, if there is one."""
     found = np.flatnonzero(values["checkpoints"] == epoch)
-    return {key: of[found[0]] for key, of in values.items()} if len(found) else None
+    return {key: numbers[found[0]] for key, numbers in values.items()} if len(found) else None
 
 
 def at_loss(values: Values, level: float) -> Values | None:
-    """Where train loss first falls to `level`: interpolated, in its logarithm, between two evaluations, of which
-    `checkpoints` is the nearest. None if it does not.
-    """
+    """Where train loss first falls to `level`, interpolated in its logarithm; None if it begins or stays elsewhere."""
     loss = np.log(values["train_loss"])
     below = np.flatnonzero(loss <= np.log(level))
     if not len(below) or below[0] == 0:
         return None
     i = below[0]
     share = (loss[i - 1] - np.log(level)) / (loss[i - 1] - loss[i])
-    between = {key: (1 - share) * of[i - 1] + share * of[i] for key, of in values.items()}
-    return between | {"train_loss": level, "checkpoints": values["checkpoints"][i if share > 0.5 else i - 1]}
+    return {key: (1 - share) * numbers[i - 1] + share * numbers[i] for key, numbers in values.items()}
 
 
-def paired(one: dict[int, Values], other: dict[int, Values], epoch: int, equal: str) -> list[tuple[Values, Values]]:
-    """Of each seed `one` after `epoch` own epochs, and `other` at equal "epochs" or "train loss", if both have that."""
-    pairs = []
-    for seed in sorted(one.keys() & other.keys()):
-        if a := at_epoch(one[seed], epoch):
-            b = at_epoch(other[seed], epoch) if equal == "epochs" else at_loss(other[seed], a["train_loss"])
-            pairs += [(a, b)] if b else []
-    return pairs
+def is_single_layer(name: str) -> bool:
+    """Whether only some convolutions are untied in a network, or it is the control of such a one."""
+    return name.removeprefix("lc").removeprefix("tied")[0].isdigit()
 
 
-def paper_against_here(networks: Networks) -> None:
-    """Seed 0, as the paper's, over the epochs that both have."""
-    columns, rows = ["network", "epochs that both have"], []
-    for name, limit in (("test accuracy", "1 point"), ("norm", "0.05")):
-        columns += [f"last {name}: paper, here", f"largest difference of {name}", f"more than {limit}"]
+def apart(networks: Networks, one: str, other: str, level: float, key: str, margin: str = "published") -> list[float]:
+    """By how much `one` is above `other` in a quantity at a train loss, for each seed where both are known."""
+    found = []
+    if one == other:
+        return found
+    for seed in sorted(networks.get(one, {}).keys() & networks.get(other, {}).keys()):
+        pair = [at_loss(with_margin(networks[name][seed], margin), level) for name in (one, other)]
+        if all(values and key in values for values in pair) and np.isfinite(pair[0][key] - pair[1][key]):
+            found.append(pair[0][key] - pair[1][key])
+    return found
+
+
+def interval(values: Iterable[float], digits: int, error: float = 0, sign: str = "") -> str:
+    """Mean ± half of the 95 % interval; `error` is the standard error that all seeds share. "" without values."""
+    values = list(values)
+    if not values or not np.isfinite(values).all():
+        return "undefined" if values else ""
+    half = 1.96 * error
+    if len(values) in STUDENT:
+        half = np.hypot(half, STUDENT[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5)
+    text = number(np.mean(values), f"{sign}.{digits}f")
+    return f"{text} ± {half:.{digits}f}" if half else text
+
+
+def as_table(title: str, note: str, rows: list[dict[str, str]]) -> str:
+    """A heading, a sentence and a markdown table; "" without rows."""
+    if not rows:
+        return ""
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([f"## {title}", note, "", *lines, ""])
+
+
+def paper_against_here(networks: Networks) -> str:
+    rows = []
     for curve in read_reference(HERE / "published_figure.csv"):
-        here = networks.get((curve.member.conversion, curve.member.split), {}).get(0, {"checkpoints": []})
+        here = networks.get(curve.member.label, {}).get(0, {"checkpoints": []})
         epochs, i, j = np.intersect1d(here["checkpoints"], curve.own_epochs, return_indices=True)
         if not len(epochs):
             continue
         epochs = epochs.astype(int) + curve.member.split
-        row = [curve.member.label, f"{len(epochs)}, {epochs[0]} to {epochs[-1]}"]
-        for key, limit in (("test_acc", 1), (NORM, 0.05)):
-            digits, apart = SHOWN[key], here[key][i] - curve.mean[key][j]
-            worst, large = np.nanargmax(np.abs(apart)), epochs[np.abs(apart) > limit]
-            row.append(f"{curve.mean[key][j][-1]:.{digits}f}, {here[key][i][-1]:.{digits}f}")
-            row.append(f"{apart[worst]:+.{digits}f} at {epochs[worst]}")
-            row.append(f"at {len(large)}, {large[0]} to {large[-1]}" if len(large) else "never")
+        row = {"network": curve.member.label, "epochs that both have": f"{len(epochs)}, {epochs[0]} to {epochs[-1]}"}
+        for key, title, digits, limit in (("test_acc", "test accuracy", 2, 1), (NORM, "norm", 3, 0.05)):
+            difference = here[key][i] - curve.values[key][j]
+            worst, large = np.nanargmax(np.abs(difference)), epochs[np.abs(difference) > limit]
+            row[f"last {title}: paper, here"] = f"{curve.values[key][j][-1]:.{digits}f}, {here[key][i][-1]:.{digits}f}"
+            row[f"largest difference of {title}"] = f"{difference[worst]:+.{digits}f} at {epochs[worst]}"
+            row[f"more than {limit}"] = f"at {len(large)}, {large[0]} to {large[-1]}" if len(large) else "never"
         rows.append(row)
-    print_table("Paper against here, seed 0; epochs on the CNN's axis", columns, rows)
+    note = (
+        "Seed 0; epochs on the CNN's axis. The paper's norm at an eLCN's own epoch 0 repeats that of its epoch 1, so "
+        "it is no measurement and is left out."
+    )
+    return as_table("Paper against here", note, rows)
 
 
-def at_equal_epochs(networks: Networks) -> None:
-    """Every network after some epochs of its own, over the seeds that have come so far."""
-    columns = ["from", "network", "own epochs", "seeds", *titles(SHOWN), "norm, multiclass margin", "untied"]
+def at_equal_loss(networks: Networks) -> str:
     rows = []
-    for (conversion, split), seeds in sorted(networks.items(), key=lambda item: item[0][1]):
+    for name in networks:
+        for level in LEVELS if split_of(name) else ():
+            norms = apart(networks, name, "CNN", level, NORM)
+            slowed = f"cnn from {split_of(name)}"
+            if norms and not is_single_layer(name):
+                rows.append({
+                    "network": name, "train loss": str(level), "seeds": str(len(norms)),
+                    "norm minus the CNN's": interval(norms, 3, 0, "+"),
+                    "test accuracy minus the CNN's":
+                        interval(apart(networks, name, "CNN", level, "test_acc"), 2, PAIRED, "+"),
+                    "norm minus the slowed CNN's": interval(apart(networks, name, slowed, level, NORM), 3, 0, "+"),
+                    "seeds of these": str(len(apart(networks, name, slowed, level, NORM)) or ""),
+                    "test accuracy minus the slowed CNN's":
+                        interval(apart(networks, name, slowed, level, "test_acc"), 2, PAIRED, "+"),
+                    "log product of norms minus the CNN's":
+                        interval(apart(networks, name, "CNN", level, "log_prod_norm"), 2, 0, "+"),
+                })  # fmt: skip
+    note = "The slowed CNN is `cnn`, trained on at 0.01 from the same split. Norms: log normalized R1-norm."
+    return as_table("At equal train loss", note, rows)
+
+
+def other_norms(networks: Networks) -> str:
+    rows = []
+    for name in networks:
+        for other in ("CNN", f"cnn from {split_of(name)}") if name.startswith("eLCN") else ():
+            for level in LEVELS:
+                for margin, title in MARGINS.items():
+                    cells = {short: apart(networks, name, other, level, key, margin) for key, short in NORMS.items()}
+                    if cells["Frobenius"] and (margin != "published" or cells["spectral"]):
+                        row = {"network": name, "against": other, "train loss": str(level), "relative to": title}
+                        for short, values in cells.items():
+                            seeds = f" ({len(values)})" if values else "not recorded"
+                            row[short] = interval(values, 3, 0, "+") + seeds
+                        rows.append(row)
+    note = (
+        "Each cell is the difference of ln(norm / margin) at equal train loss, with the number of seeds. The published "
+        "margin is a mean over the test images."
+    )
+    return as_table("Other norms and other margins", note, rows)
+
+
+def first_epoch(networks: Networks) -> str:
+    rows = []
+    for name in networks:
+        if not split_of(name) or is_single_layer(name):
+            continue
+        split, found = int(split_of(name)), []
+        for seed, values in networks[name].items():
+            cnn, after = networks["CNN"].get(seed), at_epoch(values, 1)
+            near = cnn and [at_epoch(cnn, epoch) for epoch in range(split - AROUND, split + AROUND + 1)]
+            if after and near and all(near):
+                keys = ("test_acc", NORM, "train_loss")
+                mean = {key: np.mean([evaluation[key] for evaluation in near]) for key in keys}
+                band = {key: np.ptp([evaluation[key] for evaluation in near]) for key in keys}
+                found.append((after, near[AROUND], mean, band))
+        if found:
+            row = {"network": name, "seeds": str(len(found))}
+            for key, title, digits, error in (
+                ("test_acc", "test accuracy", 2, PAIRED), (NORM, "norm", 3, 0), ("train_loss", "train loss", 3, 0)
+            ):  # fmt: skip
+                row[title] = interval((after[key] - mean[key] for after, _, mean, _ in found), digits, error, "+")
+                at_split = interval((at[key] - mean[key] for _, at, mean, _ in found), digits, 0, "+")
+                row[f"{title}: CNN at the split; its range"] = (
+                    f"{at_split}; {np.mean([band[key] for *_, band in found]):.{digits}f}"
+                )
+            rows.append(row)
+    note = (
+        f"After a network's first own epoch, minus the mean of the CNN's {2 * AROUND + 1} epochs around the split. "
+        "Beside it: how far the CNN at the split itself is from that mean, and the range of those epochs."
+    )
+    return as_table("The first epoch after the split", note, rows)
+
+
+def single_layers(networks: Networks) -> str:
+    rows = []
+    for name in networks:
+        control, level = f"tied{name[2:]}", 0.32
+        if name.startswith("lc") and control in networks:
+            norms = apart(networks, name, control, level, NORM)
+            accuracies = interval(apart(networks, name, control, level, "test_acc"), 2, PAIRED, "+")
+            row = {"network": name, "control": control, "train loss": str(level), "seeds": str(len(norms))}
+            rows.append(row | {"norm": interval(norms, 3, 0, "+"), "test accuracy": accuracies})
+    note = "One convolution untied, by its index, minus its control, at one train loss."
+    return as_table("Single layers", note, rows)
+
+
+def at_equal_epochs(networks: Networks) -> str:
+    rows, shown = [], {"train_loss": 3, "train_acc": 2, "test_acc": 2, NORM: 3}
+    for name, seeds in networks.items():
         last = max(int(values["checkpoints"][-1]) for values in seeds.values())
-        for epoch in sorted({0, *OWN_EPOCHS, last}) if conversion else CNN_EPOCHS:
+        for epoch in sorted({0, *OWN_EPOCHS, last}) if split_of(name) else CNN_EPOCHS:
             found = [evaluation for values in seeds.values() if (evaluation := at_epoch(values, epoch))]
             if found:
-                row = [str(split) if conversion else "", name_of(conversion), str(epoch), str(len(found))]
-                row += [spread((of[key] for of in found), digits) for key, digits in SHOWN.items()]
-                row.append(spread((with_margin(of, "multiclass")[NORM] for of in found), 3))
-                rows.append([*row, f"{spread((100 * of['untied'] for of in found), 1)} %"])
-    print_table("At equal epochs", columns, rows)
+                row = {"network": name, "own epochs": str(epoch), "seeds": str(len(found))}
+                for key, digits in shown.items():
+                    error = ONE if key == "test_acc" else 0
+                    title = "norm" if key == NORM else key.replace("_", " ")
+                    row[title] = interval((values[key] for values in found), digits, error)
+                row["untied"] = interval((100 * values["untied"] for values in found), 1) + " %"
+                rows.append(row)
+    return as_table("At equal epochs", "`untied`: how far the filters have left the tied subspace.", rows)
 
 
-def against_controls(networks: Networks) -> None:
-    """Untied networks and their controls: `lc` has the controls tied and cnn, `lc5` has tied5 and cnn."""
+def how_far(networks: Networks) -> str:
+    seeds = sorted({seed for found in networks.values() for seed in found})
     rows = []
-    for conversion, split in sorted(networks, key=lambda network: (network[1], network[0])):
-        for control in (conversion.replace("lc", "tied"), "cnn") if conversion.startswith("lc") else ():
-            controls, untied = networks.get((control, split), {}), networks[conversion, split]
-            for epoch, how in ((epoch, how) for epoch in OWN_EPOCHS[1:] for how in ("epochs", "train loss")):
-                if pairs := paired(controls, untied, epoch, how):
-                    nearest = ", ".join(f"{b['checkpoints']:.0f}" for _, b in pairs)
-                    row = [str(split), name_of(control), name_of(conversion), how, str(epoch), nearest]
-                    rows.append([*row, str(len(pairs)), *compared(pairs)])
-    columns = ["from", "control", "untied", "equal", "control's epochs", "untied's, or nearest", "seeds"]
-    print_table("Control, untied, difference", [*columns, *titles(COMPARED)], rows)
+    for name, found in networks.items():
+        row = {"network": name}
+        for seed in seeds:
+            new = seed in found and np.isfinite(found[seed].get("log_prod_spectral", np.array([np.nan]))).any()
+            epochs = f"{found[seed]['checkpoints'][-1]:.0f}" if seed in found else ""
+            row[f"seed {seed}"] = epochs + (" *" if new else "")
+        rows.append(row)
+    note = "Own epochs of each network, of 150. *: at least some evaluations have the spectral and the path norms."
+    return as_table("What was run", note, rows)
 
 
-def against_cnn(networks: Networks) -> None:
-    """Each eLCN after some epochs of its own, and the CNN where its train loss first was the same."""
-    rows, cnns = [], networks.get(("", 0), {})
-    for conversion, split in sorted(networks, key=lambda network: network[1]):
-        for epoch in OWN_EPOCHS[2:] if conversion == "lc" else ():
-            if pairs := paired(networks[conversion, split], cnns, epoch, "train loss"):
-                nearest = ", ".join(f"{cnn['checkpoints']:.0f}" for _, cnn in pairs)
-                row = [str(split), nearest, str(epoch), str(len(pairs))]
-                rows.append(row + compared([(cnn, elcn) for elcn, cnn in pairs]))
-    columns = ["from", "CNN's epochs, or nearest", "eLCN's own epochs", "seeds", *titles(COMPARED)]
-    print_table("CNN, eLCN, difference, at the eLCN's train loss", columns, rows)
-
-
-def compared(pairs: list[tuple[Values, Values]]) -> list[str]:
-    """For each of COMPARED the means of both sides over seeds, and their difference."""
-    cells = []
-    for key, digits in COMPARED.items():
-        means = [number(np.mean([of[key] for of in side]), f".{digits}f") for side in zip(*pairs)]
-        cells.append(", ".join([*means, spread((b[key] - a[key] for a, b in pairs), digits, "+")]))
-    return cells
-
-
-def first_epoch(networks: Networks) -> None:
-    """The change in the eLCN's first epoch; what share of it its controls have; what the CNN does at its own rate."""
-    rows = []
-    for split in sorted({split for conversion, split in networks if conversion == "lc"}):
-        changes = {}  # by network and seed
-        for name, start in {"lc": 0, "tied": 0, "cnn": 0, "": split}.items():
-            for seed, values in networks.get((name, split if name else 0), {}).items():
-                before, after = at_epoch(values, start), at_epoch(values, start + 1)
-                if before and after and (name == "lc" or seed in changes.get("lc", {})):
-                    changes.setdefault(name, {})[seed] = {key: after[key] - before[key] for key in SHOWN}
-        for name, seeds in changes.items():
-            row = [str(split), name_of(name) if name else "CNN at its own rate", str(len(seeds))]
-            for key, digits in SHOWN.items():
-                row.append(spread((of[key] for of in seeds.values()), digits, "+"))
-                if name in ("tied", "cnn"):
-                    shares = (100 * of[key] / changes["lc"][seed][key] for seed, of in seeds.items())
-                    row[-1] += f" ({spread(shares, 0)} %)"
-            rows.append(row)
-    columns = ["from", "network", "seeds", *titles(SHOWN)]
-    print_table("The first epoch after the split: change, and share of the eLCN's", columns, rows)
+TABLES = (
+    paper_against_here, at_equal_loss, other_norms, first_epoch, single_layers, at_equal_epochs, how_far
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", default=[HERE / "published"], metavar="RUN")
-    for (settings, _), networks in networks_of(parser.parse_args(argv).runs).items():
-        print(f"{settings.run_name}\n")
-        for print_one in (paper_against_here, against_cnn, at_equal_epochs, against_controls, first_epoch):
-            print_one(networks)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there as well")
+    args = parser.parse_args(argv)
+    parts = [f"# Tables\nPrinted by `python results/tables.py`.\n\n{__doc__.partition('Prints markdown. ')[2]}"]
+    for networks in networks_of(args.runs).values():
+        parts += [table for make in TABLES if (table := make(networks))]
+    text = "\n".join(parts)
+    print(text, end="")
+    if args.out:
+        with writing(args.out, "name another --out"):
+            write_file(args.out, text.encode())
     return COMPLETE
 
 

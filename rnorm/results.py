@@ -1,28 +1,27 @@
-"""What runs recorded: read back, averaged over seeds, as tables; and the points of the published figure.
+"""What runs recorded: read back, grouped, as tables; and the points of the published figure.
 
-Nothing here draws, trains or reads images; `STYLE` and `render` are what all figures have in common.
+Nothing here draws, trains or reads images.
 """
 
-import ast
 import contextlib
 import csv
 import dataclasses
 import io
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from rnorm.history import check_history, has_diverged
-from rnorm.store import load_history
 from rnorm.files import Damaged, RnormError
+from rnorm.history import has_diverged
 from rnorm.runs import Member, Settings, converted_members, read_config
+from rnorm.store import load_history
 
-MARGINS = {"published": "margin", "multiclass": "multiclass_margin"}  # what the normalized norms can be relative to
-NORMALIZED = ("log_prod_norm_normalized", "norm_margin_normalized")
+MEASURE_AGAIN = "python convert.py RUN --evaluate"  # evaluates the checkpoints of a finished run again
+MARGINS = {"published": "margin", "multiclass": "multiclass_margin"}  # names of recorded margins
 TABULATED = {
     "test_acc": ("test accuracy", ".2f"), "train_acc": ("train accuracy", ".2f"),
     "log_prod_norm_normalized": ("log normalized R1-norm", ".3f"), "norm_margin_normalized": ("norm / margin", ".4g"),
@@ -31,72 +30,207 @@ TABULATED = {
 """What a table shows: its title, and how its numbers are written."""
 REFERENCE = {"log_normalized_r1_norm": "log_prod_norm_normalized", "train_acc": "train_acc", "test_acc": "test_acc"}
 """Columns of a file of published points, and the keys of histories that they correspond to."""
-STYLE = {
-    "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.5, "axes.xmargin": 0.02, "axes.formatter.limits": (-3, 4),
-    "lines.linewidth": 1.3, "savefig.dpi": 300, "savefig.bbox": "tight", "pdf.fonttype": 42, "text.parse_math": False,
-    "legend.frameon": False, "legend.handlelength": 2.6, "legend.columnspacing": 1.4, "legend.borderaxespad": 0,
-}  # fmt: skip
-"""Settings of matplotlib."""
+CIFAR10 = "6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a"  # the SHA-256 of its arrays
+EXTENT = ("epochs", "n_splits", "splits", "lc_epochs", "lc_evaluations")  # which networks there are, and how far
+ANYTHING = (*EXTENT, "seed", "precision", "dataset")  # what published settings need not be equal in
 
 Values = dict[str, np.ndarray]  # a recorded quantity's key to its values, (evaluations,), float64
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A network's evaluations in one run, or their means over seeds, as far as it has come in all runs that have it.
+    """A network's evaluations in one run, as far as it has come.
 
-    Of a single run, a last entry that is NaN says that the network diverged. In means there is none.
+    If it diverged, all is NaN in the last. `grouped` leaves that one out and says in which epoch it was.
     """
 
-    member: Member  # of means: without a run, and of seed 0
+    member: Member
     data_sha256: str
-    mean: Values
-    std: Values = dataclasses.field(default_factory=dict)  # of a sample; empty for a single seed
-    seeds: int = 1
-    diverged: tuple[str, ...] = ()  # `seed 0 diverged in epoch 52`
+    values: Values
+    diverged_in: int | None = None
 
     @property
     def own_epochs(self) -> np.ndarray:
-        return self.mean["checkpoints"]
+        return self.values["checkpoints"]
 
     @property
     def epochs_done(self) -> int:
         return int(max(self.own_epochs, default=0))
 
+    @property
+    def is_published(self) -> bool:
+        """Whether the run is one of the published figure: CIFAR-10, with its settings."""
+        settings = self.member.settings
+        free = {name: getattr(settings, name) for name in ANYTHING}
+        return settings == Settings(**free) and (settings.dataset == "cifar10" or self.data_sha256 == CIFAR10)
+
 
 def read_run(run: Path) -> list[Curve]:
-    """All networks of a run that have a history; raises RnormError if it is no run, is damaged or has none yet."""
+    """All networks of a run that have a history, the CNN first; none if it has recorded nothing yet.
+
+    Raises RnormError if it is no run or is damaged.
+    """
+    if not (run / "config.json").exists():
+        importing = f"results of the code released with the paper: python results/import_released.py {run} OUT"
+        raise RnormError(f"{run} is no run of experiments.py, as it has no config.json; {importing}")
     settings, config = read_config(run)
     curves = []
     for member in (Member(run, settings), *converted_members(run, settings)):
         try:
             if history := load_history(member):
-                curves.append(Curve(member, str(config.get("data_sha256")), as_arrays(history)))
+                values = {key: np.array(numbers, np.float64) for key, numbers in history.items()}
+                curves.append(Curve(member, str(config.get("data_sha256")), values))
         except (Damaged, OverflowError) as error:
             remedy = "repeat the run's experiments.py command"
             raise RnormError(f"{member.history_file} is damaged ({error}); {remedy}") from None
-    if not curves or not curves[0].member.is_cnn:
-        raise RnormError(f"{run} has recorded nothing yet; start experiments.py, or wait for its first evaluation")
+    return curves if curves and curves[0].member.is_cnn else []
+
+
+def read_curves(paths: list[Path], splits: list[int] | None, conversions: list[str] | None) -> list[Curve]:
+    """The networks of the runs that `paths` name: the CNNs, and those of `splits` and `conversions` (None: all).
+
+    A path is a run's directory, or one that holds runs. A run that has recorded nothing is left out, with a line on
+    stderr. Raises RnormError where the reading does, for a split or conversion that no run has, for a run that comes
+    twice, and if nothing is recorded at all.
+    """
+    runs = []
+    for path in paths:
+        inside = sorted(config.parent for config in path.glob("*/config.json"))
+        runs += inside if inside and not (path / "config.json").exists() else [path]
+    curves, known = [], set()
+    for run in dict.fromkeys(run.resolve() for run in runs):
+        found = read_run(run)
+        if not found:
+            print(f"{run} is left out: it has recorded nothing yet", file=sys.stderr)
+            continue
+        identity = (found[0].member.settings, found[0].data_sha256)
+        if identity in known:
+            raise RnormError(f"{run} holds the same run as another one named, down to the seed; name one of them")
+        known.add(identity)
+        curves += found
+    if not curves:
+        raise RnormError("nothing is recorded yet; start experiments.py, or wait for its first evaluation")
+    for name, asked in (("split", splits), ("conversion", conversions)):
+        there = {getattr(curve.member, name) for curve in curves if not curve.member.is_cnn}
+        if unknown := set(asked or ()) - there:
+            raise RnormError(f"no network has the {name} {min(unknown)}; there are {' '.join(map(str, sorted(there)))}")
+        curves = [curve for curve in curves if curve.member.is_cnn or getattr(curve.member, name) in (asked or there)]
     return curves
 
 
-def as_arrays(history: dict[str, list]) -> Values:
-    return {key: np.array(values, np.float64) for key, values in history.items()}
+def with_margin(values: Values, margin: str) -> Values:
+    """The values with all norms relative to a margin, one of MARGINS or a recorded key; NaN where it is not positive.
+
+    `KEY_normalized` is KEY - ln(margin) for each KEY that begins with log_; `norm_margin_normalized` norm / margin.
+    """
+    values = {key: numbers for key, numbers in values.items() if not key.endswith("_normalized")}
+    divisor = values.get(MARGINS.get(margin, margin), np.array(math.nan))
+    divisor = np.where(divisor > 0, divisor, math.nan)
+    logs = [key for key in values if key.startswith("log_")]
+    with np.errstate(over="ignore"):
+        values["norm_margin_normalized"] = values["norm"] / divisor
+    return values | {f"{key}_normalized": values[key] - np.log(divisor) for key in logs}
 
 
-@contextlib.contextmanager
-def csv_rows(path: Path) -> Iterator[Iterable[dict[str, str]]]:
-    """The rows of a CSV file; whatever is wrong with them, here or where they are read, is an RnormError."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins its files with a byte order mark
-            yield csv.DictReader(file)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, csv.Error, Damaged) as error:
-        raise RnormError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+def grouped(curves: list[Curve], margin: str) -> list[list[Curve]]:
+    """Groups of curves that differ in nothing but network and seed; norms are relative to `margin`.
+
+    In each the CNNs come first, then by split; eLCNs before other conversions; then by seed.
+    """
+    groups: dict[tuple, list[Curve]] = {}
+    for curve in curves:
+        values, diverged_in = with_margin(curve.values, margin), None
+        if has_diverged(values):
+            diverged_in = int(curve.own_epochs[-1])
+            values = {key: numbers[:-1] for key, numbers in values.items()}
+        settings = dataclasses.replace(curve.member.settings, seed=0)
+        group = groups.setdefault((settings, curve.data_sha256), [])
+        group.append(Curve(curve.member, curve.data_sha256, values, diverged_in))
+    for group in groups.values():
+        group.sort(key=lambda c: (c.member.split, c.member.title != "eLCN", c.member.title, c.member.settings.seed))
+        group.sort(key=lambda c: not c.member.is_cnn)
+    return list(groups.values())
+
+
+def by_network(group: list[Curve]) -> list[list[Curve]]:
+    """A group's curves as lists of one network in several seeds."""
+    networks: dict[str, list[Curve]] = {}
+    for curve in group:
+        networks.setdefault(curve.member.label, []).append(curve)
+    return list(networks.values())
+
+
+def differences(groups: list[list[Curve]], without: Iterable[str] = ("seed",)) -> list[str]:
+    """For each group the settings in which the groups differ, in words: `cnn_lr=0.1, momentum=0.9`."""
+    identities = []
+    for cnn, *_ in groups:
+        identities.append(dataclasses.asdict(cnn.member.settings) | {"data_sha256": cnn.data_sha256[:8]})
+    varied = [name for name in identities[0] if any(other[name] != identities[0][name] for other in identities)]
+    named = [name for name in varied if name not in without]
+    return [", ".join(f"{name}={identity[name]}" for name in named) for identity in identities]
+
+
+def table(groups: list[list[Curve]], margin: str) -> str:
+    """Every network at the last evaluation that all its seeds have, as markdown that is aligned as text, too."""
+    rows = []
+    for group, difference in zip(groups, differences(groups)):
+        for curves in by_network(group):
+            member, length = curves[0].member, min(len(curve.own_epochs) for curve in curves)
+            epochs = [f"{min(curve.epochs_done for curve in curves)} of {member.epochs}"]
+            for curve in curves:
+                if curve.diverged_in is not None:
+                    epochs.append(f"seed {curve.member.settings.seed} diverged in epoch {curve.diverged_in}")
+            row = {"differs in": difference} if difference else {}
+            row |= {"network": member.title, "from": "" if member.is_cnn else str(member.split)}
+            row |= {"epochs": ", ".join(epochs), "seeds": str(len(curves))}
+            for key, (title, form) in TABULATED.items():
+                row[title] = spread([curve.values[key][length - 1] if length else math.nan for curve in curves], form)
+            rows.append(row)
+    return f"{aligned(rows)}\nNorms are relative to the {margin} margin.\n"
+
+
+def best(groups: list[list[Curve]]) -> str:
+    """The highest test accuracy of the CNN and of each conversion over epochs and splits, chosen seed by seed."""
+    rows = []
+    for group, difference in zip(groups, differences(groups)):
+        for title in dict.fromkeys(curve.member.title for curve in group):
+            curves = [curve for curve in group if curve.member.title == title and len(curve.own_epochs)]
+            curves.sort(key=lambda curve: max(curve.values["test_acc"]))
+            chosen = {curve.member.settings.seed: curve for curve in curves}  # of each seed the last, and highest
+            where = []
+            for curve in chosen.values():
+                epoch = f"{curve.own_epochs[np.argmax(curve.values['test_acc'])]:.0f}"
+                where.append(epoch if curve.member.is_cnn else f"{epoch} from {curve.member.split}")
+            highest = [max(curve.values["test_acc"]) for curve in chosen.values()]
+            last = [curve.values["test_acc"][-1] for curve in chosen.values()]
+            row = {"differs in": difference} if difference else {}
+            row |= {"network": title, "seeds": str(len(chosen)), "highest test accuracy": spread(highest, ".2f")}
+            rows.append(row | {"at own epoch": ", ".join(where), "its last": spread(last, ".2f")})
+    return f"{aligned(rows)}\nThe highest is chosen by the test set itself, which makes it too high.\n"
+
+
+def spread(numbers: list[float], form: str) -> str:
+    """Mean and sample standard deviation; a single number has none, and a norm without a margin is undefined."""
+    if len(numbers) < 2 or not np.isfinite(numbers).all():
+        return number(np.mean(numbers or math.nan), form)
+    return f"{np.mean(numbers):{form}} ± {np.std(numbers, ddof=1):{form}}"
+
+
+def number(value: float, form: str) -> str:
+    """As text; a norm is undefined where the margin is not positive."""
+    return "undefined" if math.isnan(value) else f"{value:{form}}"
+
+
+def aligned(rows: list[dict[str, str]]) -> str:
+    """Rows of one form as a markdown table whose columns are aligned as text, too."""
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in cells)
 
 
 def tidy(curves: list[Curve]) -> str:
-    """Single runs as CSV: all settings and everything recorded, a row for each evaluation.
+    """Runs as CSV: all settings and everything recorded, a row for each evaluation.
 
     `epoch` is on the CNN's axis. The CNN itself has the conversion "none" and the split epoch 0.
     """
@@ -106,97 +240,29 @@ def tidy(curves: list[Curve]) -> str:
         row = {"run": member.run.name, **dataclasses.asdict(member.settings), "data_sha256": curve.data_sha256}
         row |= {"conversion": member.conversion or "none", "split_epoch": member.split}
         for i, own in enumerate(curve.own_epochs.astype(int).tolist()):
-            recorded = {key: float(values[i]) for key, values in curve.mean.items()}
+            recorded = {key: float(values[i]) for key, values in curve.values.items()}
             rows.append({**row, "epoch": own + member.split, **recorded, "checkpoints": own})
     return to_csv(rows)
 
 
-def read_tidy(path: Path) -> list[Curve]:
-    """The curves of a file of `tidy`'s; raises RnormError for any other file."""
-    histories = {}
-    with csv_rows(path) as rows:
-        for row in rows:
-            settings = {of.name: row.pop(of.name) for of in dataclasses.fields(Settings)}
-            for name, text in settings.items():
-                if not isinstance(getattr(Settings, name), str):
-                    settings[name] = ast.literal_eval(text)
-            names = ("run", "conversion", "split_epoch", "data_sha256", "epoch")
-            run, conversion, split, sha256, _ = (row.pop(name) for name in names)
-            conversion = "" if conversion == "none" else conversion
-            member = Member(Path(run), Settings(**settings), conversion, int(split))
-            history = histories.setdefault((member, sha256), {})
-            for key, text in row.items():
-                if text:  # else another network's quantity
-                    history.setdefault(key, []).append(int(text) if key == "checkpoints" else float(text))
-        if not histories:
-            raise ValueError("no networks in it")
-        return [Curve(*key, as_arrays(check_history(history, key[0]))) for key, history in histories.items()]
+def to_csv(rows: list[dict[str, object]]) -> str:
+    """Rows as a CSV file with all their columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
-def read_curves(paths: list[Path], splits: list[int] | None, conversions: list[str] | None) -> list[Curve]:
-    """The networks of the runs that `paths` name: the CNNs, and those of `splits` and `conversions` (None: all).
-
-    A path is a run's directory, one that holds runs, or a file that `tidy` made. Raises RnormError where the reading
-    does, for a split or conversion that no run has, and for a run that comes twice.
-    """
-    files = []
-    for path in paths:
-        inside = sorted(config.parent for config in path.glob("*/config.json"))
-        files += inside if inside and not (path / "config.json").exists() else [path]
-    curves, runs = [], set()
-    for path in dict.fromkeys(file.resolve() for file in files):
-        found = read_tidy(path) if path.is_file() else read_run(path)
-        named = {(curve.member.settings, curve.data_sha256) for curve in found}
-        if named & runs:
-            raise RnormError(f"{path} holds the same run as another one named, down to the seed; name one of them")
-        runs |= named
-        curves += found
-    for name, asked in (("split", splits), ("conversion", conversions)):
-        known = {getattr(curve.member, name) for curve in curves if not curve.member.is_cnn}
-        if unknown := set(asked or ()) - known:
-            raise RnormError(f"no network has the {name} {min(unknown)}; there are {' '.join(map(str, sorted(known)))}")
-        curves = [curve for curve in curves if curve.member.is_cnn or getattr(curve.member, name) in (asked or known)]
-    return curves
-
-
-def average(curves: list[Curve], margin: str) -> list[list[Curve]]:
-    """Means over seeds, in groups that differ in settings or data: CNN first; norms relative to `margin` of MARGINS."""
-    groups: dict[tuple, dict[Member, list[Curve]]] = {}
-    for curve in curves:
-        settings = dataclasses.replace(curve.member.settings, seed=0)
-        member = dataclasses.replace(curve.member, run=Path(), settings=settings)
-        groups.setdefault((settings, curve.data_sha256), {}).setdefault(member, []).append(curve)
-    averaged = []
-    for group in groups.values():
-        members = sorted(group, key=lambda m: (not m.is_cnn, m.split, m.conversion != "lc", m.conversion))
-        averaged.append([mean_curve(member, group[member], margin) for member in members])
-    return averaged
-
-
-def mean_curve(member: Member, curves: list[Curve], margin: str) -> Curve:
-    """The mean over seeds of one network."""
-    runs, diverged, mean, std = [], [], {}, {}
-    for curve in curves:
-        values = with_margin(curve.mean, margin)
-        if has_diverged(values):
-            diverged.append(f"seed {curve.member.settings.seed} diverged in epoch {values['checkpoints'][-1]:.0f}")
-            values = {key: of[:-1] for key, of in values.items()}
-        runs.append(values)
-    length = min(len(values["checkpoints"]) for values in runs)
-    for key in set.intersection(*map(set, runs)):
-        stacked = np.array([values[key][:length] for values in runs])  # (seeds, evaluations)
-        with np.errstate(invalid="ignore", over="ignore"):  # a norm can be infinite
-            mean[key] = stacked.mean(0)
-            if len(runs) > 1:
-                std[key] = stacked.std(0, ddof=1)
-    return Curve(member, curves[0].data_sha256, mean, std, len(runs), tuple(diverged))
-
-
-def with_margin(values: Values, margin: str) -> Values:
-    """The values with normalized norms relative to that margin; NaN where the margin is not positive."""
-    divisor = np.where(values[MARGINS[margin]] > 0, values[MARGINS[margin]], np.nan)
-    with np.errstate(over="ignore"):
-        return values | dict(zip(NORMALIZED, (values["log_prod_norm"] - np.log(divisor), values["norm"] / divisor)))
+@contextlib.contextmanager
+def csv_rows(path: Path) -> Iterator[Iterable[dict[str, str]]]:
+    """The rows of a CSV file; whatever is wrong with them, here or where they are read, is an RnormError."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins its files with a byte order mark
+            yield csv.DictReader(file)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+        raise RnormError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
 
 
 def read_reference(path: Path) -> list[Curve]:
@@ -220,56 +286,3 @@ def read_reference(path: Path) -> list[Curve]:
             raise ValueError("no published points in it")
     keys = ("checkpoints", *REFERENCE.values())
     return [Curve(member, "", dict(zip(keys, np.array(rows).T))) for member, rows in points.items()]
-
-
-def differences(groups: list[list[Curve]]) -> list[str]:
-    """For each group the settings in which the groups differ, in words: `cnn_lr=0.1, momentum=0.9`."""
-    identities = []
-    for cnn, *_ in groups:
-        identities.append(dataclasses.asdict(cnn.member.settings) | {"data_sha256": cnn.data_sha256[:8]})
-    varied = [name for name in identities[0] if any(of[name] != identities[0][name] for of in identities)]
-    return [", ".join(f"{name}={of[name]}" for name in varied) for of in identities]
-
-
-def table(groups: list[list[Curve]], margin: str) -> str:
-    """Every network at its last evaluation, with deviations over seeds, as markdown that is aligned as text, too."""
-    rows, names = [], {"": "CNN", "lc": "eLCN"}
-    for group, difference in zip(groups, differences(groups)):
-        for curve in group:
-            member = curve.member
-            row = {"differs in": difference} if difference else {}
-            row |= {"network": names.get(member.conversion, member.conversion)}
-            row["from"] = "" if member.is_cnn else str(member.split)
-            row["epochs"] = ", ".join([f"{curve.epochs_done} of {member.epochs}", *curve.diverged])
-            row["seeds"] = str(curve.seeds)
-            for key, (title, form) in TABULATED.items():
-                ends = [number(of[key][-1], form) for of in (curve.mean, curve.std) if len(of.get(key, ()))]
-                row[title] = " ± ".join(ends) or "undefined"
-            rows.append(row)
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells]
-    return "\n".join([*lines, "", f"Norms are relative to the {margin} margin.", ""])
-
-
-def number(value: float, form: str) -> str:
-    """As text; a norm is undefined where the margin is not positive."""
-    return "undefined" if math.isnan(value) else f"{value:{form}}"
-
-
-def to_csv(rows: list[dict[str, object]]) -> str:
-    """Rows as a CSV file with all their columns."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
-def render(figure: Figure, suffix: str) -> bytes:
-    """A figure as the content of a file; `suffix` is .png, .pdf or .svg. A very tall one has fewer dots per inch."""
-    file = io.BytesIO()
-    figure.savefig(file, format=suffix[1:].lower(), dpi=min(300, 20000 / figure.get_figheight()))
-    return file.getvalue()

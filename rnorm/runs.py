@@ -69,7 +69,7 @@ class Settings:
     )  # fmt: skip
     momentum: float = setting(0.0, "momentum of SGD", 0, 0.999999)
     weight_decay: float = setting(0.0, "weight decay of SGD", 0, 1e38)
-    lc_evaluations: int = setting(20, "evaluate converted networks at this many log-spaced epochs of theirs", 1, 10**4)
+    lc_evaluations: int = setting(20, "evaluate converted networks at this many log-spaced epochs of theirs", 2, 10**4)
 
     def __post_init__(self):
         for each in dataclasses.fields(self):

@@ -20,7 +20,12 @@ settings.load_profile("the same examples in every run")
 
 
 def pytest_configure(config):
-    """`pytest -m cuda` computes on a GPU. From all other tests, and from what they start, GPUs are hidden."""
+    """`pytest -m cuda` computes on a GPU. From all other tests, and from what they start, GPUs are hidden.
+
+    So are the directories that whoever runs the tests has set.
+    """
+    os.environ.pop("RNORM_RESULTS", None)
+    os.environ.pop("RNORM_DATA", None)
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch has not looked for them yet
 

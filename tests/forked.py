@@ -119,11 +119,12 @@ class Fault:
 
     def wrap(self, name: str, function):
         def faulty(path, *args, **kwargs):
+            if name != "stepped":
+                self.reached(name, path)
+            result = function(path, *args, **kwargs)
             if name == "stepped":
-                function(path, *args, **kwargs)
-                return self.reached(name, path)
-            self.reached(name, path)
-            return function(path, *args, **kwargs)
+                self.reached(name, path)
+            return result
 
         return faulty
 

@@ -61,7 +61,7 @@ REFUSALS = [  # command, exit status, words in the line
     ("convert.py run --convert_to x", 2, "--convert_to x: no such conversion"),
     ("convert.py unfinished --split 3", 2, "train the CNN that far first"),
     ("plot.py", 2, "name runs to plot"),
-    ("plot.py run --panels accuracy", 2, "--panels accuracy: there are train_loss"),
+    ("plot.py run --panels accuracy", 2, "--panels accuracy is not recorded; there are train_loss"),
     ("plot.py run --margin other", 2, "--margin"),
     ("plot.py run --out figure.txt", 2, "its name has to end in"),
     ("plot.py run --out missing/figure.png", 2, "cannot be written"),

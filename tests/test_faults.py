@@ -16,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_study
-import torch
 from compare_runs import differences, files, states
 from conftest import SMALL, make_arrays, run_of
 from forked import LIMIT, Server
 
-from rnorm.checkpoints import load, load_history, save
 from rnorm.files import InUse, lock_directory
 from rnorm.runs import Member, converted_members, read_config
+from rnorm.store import load, load_history, save
 
-STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 75}
+STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 75}
 ELCN = "small_lc_version_1/"
 ROOT = Path(__file__).parents[1]
 
@@ -73,9 +72,11 @@ def damage(path: Path, how: str) -> bytes | None:
 # Signals and kill -9
 
 
-@pytest.mark.parametrize("name", STATUS)
-@pytest.mark.parametrize("call, at, step", [("step", 4, 4), ("step", 27, 3), ("evaluate", 3, 0)])  # 27: in an eLCN
+@pytest.mark.parametrize("name, call, at, step", [
+    ("SIGINT", "step", 4, 4), ("SIGTERM", "step", 27, 3), ("SIGHUP", "step", 27, 3), ("SIGUSR1", "evaluate", 3, 0),
+])  # fmt: skip
 def test_after_a_signal_the_printed_command_ends_bit_identical(server, command, undisturbed, name, call, at, step):
+    """Step 27 is an eLCN's."""
     study = server.run(*command, fault={"action": name, "at": at, "call": call})
     message, _, printed = line_of(study).partition("continue with: python ")
     assert study.status == STATUS[name] and name in message and shlex.split(printed) == list(map(str, command))
@@ -97,7 +98,7 @@ def test_signals_are_noted_before_torch_is_imported(data, tmp_path):
     argv = [sys.executable, ROOT / "experiments.py", *SMALL[2:], "--dataset", data, "--results_dir", results]
     process = subprocess.Popen(map(str, argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     caught = 0
-    while not caught >> (signal.SIGUSR1 - 1) & 1:  # the last of the three that is caught
+    while not caught >> (signal.SIGUSR1 - 1) & 1:  # the last of those that is caught
         caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16)
     process.send_signal(signal.SIGTERM)
     assert "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text()
@@ -128,7 +129,7 @@ def test_a_killed_process_loses_what_it_has_not_saved_and_no_more(server, comman
 
 @pytest.mark.parametrize("action, status, at, call, least", [
     ("kill", -9, range(1, 200), "", 15), ("SIGTERM", 143, range(5, 99, 9), "", 2),
-    *[("kill", -9, [step] * 60, "step", 5) for step in (4, 7, 8)],
+    *[("kill", -9, [step] * 60, "step", 5) for step in (4, 8)],
 ])  # fmt: skip
 def test_ended_again_and_again_within_writes_or_steps_the_run_ends_bit_identical(
     server, command, undisturbed, action, status, at, call, least
@@ -161,35 +162,6 @@ def test_so_does_a_run_with_momentum_dropout_or_other_conversions_of_which_a_che
     assert server.run(*command, fault={"action": "SIGTERM", "at": 9, "call": "step"}).status == 143  # in an eLCN
     assert server.run(*command).status == 0
     assert differences(run_of(command), undisturbed) == [gone.name]
-
-
-# Deleting on purpose
-
-
-def test_fresh_starts_over_and_deletes_links_but_not_what_they_lead_to(server, command, copy, undisturbed, tmp_path):
-    """Old eLCNs of another CNN stayed, and counted as complete."""
-    elsewhere = tmp_path / "elsewhere"
-    (copy / ELCN).rename(elsewhere)
-    (copy / ELCN).symlink_to(elsewhere)
-    (copy / "small_2.pyT").rename(elsewhere / "small_2.pyT")
-    (copy / "small_2.pyT").symlink_to(elsewhere / "small_2.pyT")
-    damage(copy / "small_1.pyT", "truncated")
-    before = states(elsewhere)
-    study = server.run(*command, "--fresh")
-    assert study.status == 0 and study.err == "" and re.search(r"--fresh: deleting \d+ files, 0.00 GB, in ", study.out)
-    assert not any(path.is_symlink() for path in copy.rglob("*")) and states(elsewhere) == before
-    assert differences(copy, undisturbed) == []
-
-
-@pytest.mark.parametrize("again", [(), ("--fresh",)])
-@pytest.mark.parametrize("at", [1, 5, 16])
-def test_fresh_cut_short_can_be_repeated_or_left(server, command, copy, undisturbed, again, at):
-    fault = {"action": "kill", "at": at, "call": "unlink"}
-    assert server.run(*command, "--fresh", fault=fault).status == -signal.SIGKILL
-    assert server.run(*command, *again).status == 0
-    missing = {str(path) for path in files(undisturbed) - files(copy)}
-    assert set(differences(copy, undisturbed)) == missing  # what is there is good
-    assert not again or not missing
 
 
 # Disk and memory
@@ -228,7 +200,7 @@ def test_a_full_disk_under_the_log_is_told_by_the_exit_status(server, command, u
     ends_complete(server, command, undisturbed)
 
 
-@pytest.mark.parametrize("at_step", [1, 9, 18 + 9])
+@pytest.mark.parametrize("at_step", [9, 18 + 9])
 def test_out_of_memory_names_the_flag_and_loses_nothing_saved(server, command, undisturbed, at_step):
     """The step that fails has changed the weights."""
     study = server.run(*command, fault={"action": "oom", "at": at_step, "call": "stepped"})
@@ -240,7 +212,7 @@ def test_out_of_memory_names_the_flag_and_loses_nothing_saved(server, command, u
 
 
 @pytest.mark.parametrize("how", ["flipped", "deleted"])
-@pytest.mark.parametrize("pattern", ["none", "small_0.pyT", "small_3.pyT", ELCN + "*_1.pyT", "**/*.pyT"])
+@pytest.mark.parametrize("pattern", ["none", "small_3.pyT", "**/*_[013].pyT"])
 def test_what_is_complete_stays_complete_and_its_checkpoints_are_not_read(server, command, copy, pattern, how):
     for path in list(copy.glob(pattern)):
         damage(path, how)
@@ -254,7 +226,7 @@ HISTORY = "evaluation-history.hist"
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty"])
-@pytest.mark.parametrize("names", [[HISTORY], [HISTORY, "small_3.pyT"], [ELCN + HISTORY]])
+@pytest.mark.parametrize("names", [[HISTORY], [HISTORY, "small_3.pyT", ELCN + HISTORY]])
 def test_a_damaged_file_is_set_aside_once_it_is_read(server, command, copy, undisturbed, names, how):
     good, damaged = states(copy), {copy / name: damage(copy / name, how) for name in names}
     study = server.run(*command)
@@ -266,18 +238,17 @@ def test_a_damaged_file_is_set_aside_once_it_is_read(server, command, copy, undi
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "deleted"])
-def test_a_config_that_is_damaged_or_gone_is_one_line_and_nothing_is_touched(server, command, copy, undisturbed, how):
+def test_a_config_that_is_damaged_or_gone_is_one_line_and_nothing_is_touched(server, command, copy, how):
     config, before = copy / "config.json", states(copy)
     damaged = damage(config, how)
     for study in (server.run(*command), server.run("convert.py", copy, "--device", "cpu")):
         assert study.status == 2 and re.search("config.json is (damaged|missing).*; put back a copy", line_of(study))
         assert states(copy) == before and (config.read_bytes() if config.exists() else None) == damaged
-    command.insert(1, "--fresh")
-    ends_complete(server, command, undisturbed)
 
 
-@pytest.mark.parametrize("how", ["truncated", "deleted"])
-@pytest.mark.parametrize("gone, needed, before", [([1], 1, 0), ([0, 1], 1, 0), ([2, 3], 3, 1)])
+@pytest.mark.parametrize("gone, needed, before, how", [
+    ([1], 1, 0, "truncated"), ([0, 1], 1, 0, "deleted"), ([2, 3], 3, 1, "truncated"),
+])  # fmt: skip
 def test_what_untying_needs_is_trained_again_and_nothing_is_written(
     server, command, undisturbed, gone, needed, before, how
 ):
@@ -293,8 +264,7 @@ def test_what_untying_needs_is_trained_again_and_nothing_is_written(
     assert {path: state for path, state in good.items() if path.name not in names}.items() <= states(run).items()
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped"])
-@pytest.mark.parametrize("keep", ["all", "last"])
+@pytest.mark.parametrize("how, keep", [("truncated", "all"), ("flipped", "last")])
 @pytest.mark.parametrize("name, at_step", [("latest.pyT", 9), ("small_1.pyT", 9), ("small_lc_version_1.pyT", 27)])
 def test_an_unfinished_network_continues_from_the_newest_good_state(
     server, command, undisturbed, name, at_step, keep, how
@@ -311,30 +281,7 @@ def test_an_unfinished_network_continues_from_the_newest_good_state(
     assert name == "latest.pyT" or "continues in epoch 2" in study.out  # from latest.pyT, which is whole
 
 
-@pytest.mark.parametrize("part, value", [
-    *[("optimizer", value) for value in (None, {}, {"state": {0: 1}}, {"state": {}}, {"state": [1, 2]})],
-    *[("random", value) for value in (None, {}, torch.zeros(5056, dtype=torch.uint8))],
-])  # fmt: skip
-def test_a_checkpoint_without_its_optimizers_or_random_state_is_set_aside(server, command, part, value):
-    command[-2:-2] = ["--network", "dropping", "--momentum", 0.9, "--cnn_only"]
-    assert server.run(*command).status == 0
-    run = run_of(command)
-    undisturbed = shutil.copytree(run, command[-1].with_name("undisturbed"))
-    torch.save({**load(run / "dropping_3.pyT"), part: value}, run / "dropping_3.pyT")
-    (run / HISTORY).unlink()
-    study = server.run(*command)
-    assert study.status == 0 and "dropping_3.pyT is damaged" in study.err and differences(run, undisturbed) == []
-
-
 # Two at once
-
-
-def test_a_stopped_process_does_no_more(server, command, undisturbed):
-    """Claims about what is left at a set place are claims about that place."""
-    study = server.start(*command, fault={"action": "stop", "at": 1, "call": "write", "file": "small_0.pyT"})
-    (half,) = run_of(command).rglob(".*.tmp")
-    assert half.stat().st_size == (undisturbed / "small_0.pyT").stat().st_size // 2
-    study.kill()
 
 
 @pytest.mark.parametrize("file", ["small_2.pyT", "lc_version_2.pyT"])
@@ -343,12 +290,26 @@ def test_a_second_process_on_a_network_stops_with_one_line_and_a_dead_one_does_n
 ):
     first = server.start(*command, fault={"action": "stop", "at": 1, "file": file, "call": "fsync"})
     leftover = next(run_of(command).rglob(".*.tmp"))
-    for arguments in ((), ("--fresh",)):
-        second = server.run(*command, *arguments)
-        assert second.status == 1 and leftover.exists()
-        assert f"in use by process {first.pid} on {socket.gethostname()}" in line_of(second)
+    second = server.run(*command)
+    assert second.status == 1 and leftover.exists()
+    assert f"in use by process {first.pid} on {socket.gethostname()}" in line_of(second)
     first.kill()
     ends_complete(server, command, undisturbed)
+
+
+@pytest.mark.parametrize("moved, at_step", [(".", 8), (".", 27), (ELCN, 27)])
+def test_a_process_whose_directory_was_moved_away_writes_nothing_into_the_one_in_its_place(
+    server, command, undisturbed, moved, at_step
+):
+    """It is stopped before a write or, as that is a thread's, within one."""
+    first = server.start(*command, fault={"action": "stop", "call": "step", "at": at_step})
+    run = run_of(command)
+    (run / moved).rename(command[-1].with_name("moved"))
+    ends_complete(server, command, undisturbed)
+    before = states(run)
+    assert first.kill(signal.SIGCONT).status == 1
+    assert re.search("was moved or deleted|No such file or directory", line_of(first))
+    assert states(run) == before and not list(run.rglob(".*.tmp"))
 
 
 def test_a_network_is_trained_once_at_a_time_within_a_process_too(command, copy):
@@ -417,7 +378,7 @@ def edit_config(run: Path, change) -> None:
     (run / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("lc_lr, at_step, status", [("0.01", 9, 0), ("0.01", 27, 0), ("1e20", 24, 3)])
+@pytest.mark.parametrize("lc_lr, at_step, status", [("0.01", 27, 0), ("1e20", 24, 3)])
 def test_a_run_that_an_earlier_version_began_is_continued(server, command, lc_lr, at_step, status):
     """Its config.json had no layers, and that a network had diverged was in status.json, not in its history."""
     command[1:1] = ["--lc_lr", lc_lr]

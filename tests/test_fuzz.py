@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from small_study import SCRIPTS, run, small_cnn
 
 from models import load_network
-from rnorm.checkpoints import Track, load, load_history, load_weights
 from rnorm.cli import finish
 from rnorm.data import ARRAYS, load_data
 from rnorm.files import Damaged, RnormError
 from rnorm.runs import Member, read_config
+from rnorm.store import Store, load, load_history, load_weights
+from train import start_cnn
 
 fuzz = settings(max_examples=int(os.environ.get("FUZZ_CASES", 200)))
 
@@ -52,10 +53,10 @@ NONSENSE = st.one_of(
 
 
 @fuzz
-@given(flag=st.sampled_from(FLAGS), word=NONSENSE, more=st.sampled_from(["--exec=0", "--fresh"]))
-def test_command_lines(good, flag, word, more):
+@given(flag=st.sampled_from(FLAGS), word=NONSENSE)
+def test_command_lines(good, flag, word):
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
-    argv = ["--dataset=tiny.npz", "--results_dir=out", "--network=small", more, f"{flag}={word}"]
+    argv = ["--dataset=tiny.npz", "--results_dir=out", "--network=small", f"{flag}={word}"]
     with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit:
         finish(SCRIPTS["experiments.py"], ["experiments.py", *argv])
     line = err.buffer.getvalue().decode()
@@ -82,7 +83,8 @@ LEAVES = st.one_of(
     st.sampled_from([torch.zeros(()), torch.zeros(4), torch.zeros(2, 3, dtype=torch.int64), torch.tensor(math.nan)]),
     st.sampled_from([print, os.system, Path("x"), np.float64(1), np.zeros(3), Exception(), object]),
 )  # fmt: skip
-KEYS = ["weights", "optimizer", "epoch", "step", "history", "checkpoints", "train_loss", "net.1.weight", "net.9.bias"]
+KEYS = ["weights", "optimizer", "epoch", "step", "history", "loss", "identity", "checkpoints", "train_loss",
+        "data_sha256", "net.1.weight", "net.9.bias"]  # fmt: skip
 NAMES = st.one_of(st.sampled_from(KEYS), st.text(max_size=3), st.integers())
 VALUES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=9
@@ -100,6 +102,7 @@ def test_files_of_networks(good):
     everything else is set aside."""
     names = ["small_0.pyT", "small_1.pyT", "evaluation-history.hist", "latest.pyT"]
     state, member = load(good / "small_1.pyT"), Member(Path("resume"), read_config(good)[0])
+    images = load_data("tiny.npz", Path(), 0, torch.device("cpu"))
     good_but_for_one = st.builds(lambda key, value: state | {key: value}, st.sampled_from(KEYS), VALUES)
     hostile = [changed((good / name).read_bytes()) for name in names[:3]]
     hostile += [VALUES.map(pickle.dumps), st.builds(saved, VALUES | good_but_for_one, st.booleans())]
@@ -120,12 +123,12 @@ def test_files_of_networks(good):
             assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
         with contextlib.suppress(RnormError):
             assert load_network(path)(torch.zeros(1, 3, 32, 32)).shape[0] == 1
-        track = Track(member, small_cnn(3), [0.05] * 6)
+        training = start_cnn(member, images)
         with contextlib.redirect_stderr(io.StringIO()):
-            track.restore()
-        assert (track.epoch, track.step) in ((0, 0), (1, 0)) or name == "latest.pyT"
-        if track.history:
-            assert load_history(member)["checkpoints"] == track.evaluated and track.evaluated in ([0], [0, 1])
+            Store(member, images).restore(training)
+        assert (training.epoch, training.step) in ((0, 0), (1, 0)) or name == "latest.pyT"
+        if training.history:
+            assert load_history(member)["checkpoints"] == training.history["checkpoints"] in ([0], [1], [0, 1])
         assert not list(member.run.rglob("*.tmp"))
         shutil.rmtree(member.run)
 

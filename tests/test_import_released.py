@@ -48,7 +48,7 @@ def release(ours: Path, directory: Path, older: bool = False, done: int | None =
     `older`: its older version, with squared norms for the eLCNs, too.
     """
     for curve in read_run(ours):
-        member, values = curve.member, {key: curve.mean[key].copy() for key in (*AT_0, *NORMS)}
+        member, values = curve.member, {key: curve.values[key].copy() for key in (*AT_0, *NORMS)}
         epochs = np.unique(np.logspace(0, np.log10(EPOCHS), 100 if member.is_cnn else 20).astype(int))
         epochs = np.insert(epochs, 0, 0)
         if member.is_cnn or older:
@@ -93,10 +93,10 @@ def test_a_released_run_has_the_values_that_ours_has_where_it_recorded_them(ours
         assert theirs.member.settings == own.member.settings
         rows = np.isin(own.own_epochs, theirs.own_epochs)
         for key in AT_0:
-            np.testing.assert_allclose(theirs.mean[key], own.mean[key][rows], rtol=1e-6)
+            np.testing.assert_allclose(theirs.values[key], own.values[key][rows], rtol=1e-6)
         for key in NORMS:
-            assert np.isnan(theirs.mean[key][0])
-            np.testing.assert_allclose(theirs.mean[key][1:], own.mean[key][rows][1:], rtol=1e-6, err_msg=key)
+            assert np.isnan(theirs.values[key][0])
+            np.testing.assert_allclose(theirs.values[key][1:], own.values[key][rows][1:], rtol=1e-6, err_msg=key)
 
 
 def test_plot_draws_a_released_run_beside_ours(ours, tmp_path):
@@ -116,7 +116,7 @@ def test_what_was_stopped_or_diverged_ends_where_it_ended(ours, tmp_path):
     (source / "skinnyprime_lc_150").rename(source / "skinnyprime_lc_149")  # as rounding has it for 30 or 40 epochs
     import_released.main([str(source), str(tmp_path / "paper")])
     assert [curve.member.split for curve in read_run(tmp_path / "paper")] == [0, 1, 5, 28, 149]
-    cnn, _, diverged, *_ = (curve.mean for curve in read_run(tmp_path / "paper"))
+    cnn, _, diverged, *_ = (curve.values for curve in read_run(tmp_path / "paper"))
     assert list(cnn["checkpoints"]) == [0, 1, 2, 3, 4, 5] and np.isfinite(cnn["train_loss"]).all()
     assert list(diverged["checkpoints"]) == [0, 1, 2, 3, 4, 6] and np.isfinite(diverged["norm"][-2])
     assert np.isnan([diverged[key][-1] for key in (*AT_0, *NORMS)]).all()

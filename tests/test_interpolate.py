@@ -17,7 +17,7 @@ from rnorm import cli
 from rnorm.conversions import fully_connect, lift, untie
 from rnorm.data import Data
 from rnorm.measure import evaluate
-from rnorm.runs import Settings
+from rnorm.runs import Settings, has_files_of_a_run
 from small_study import run as study
 from small_study import small_cnn
 
@@ -49,22 +49,48 @@ def test_the_ends_of_a_path_are_what_the_runs_recorded(method, run, tmp_path):
     out = tmp_path / "new" / "path"
     flags = ["--method", method, "--points", 3, "--epochs", 1, "--out", out]
     assert interpolated(file_of(run, ""), file_of(run, "lc"), *flags) == 0
-    path = torch.load(out / "path.hist", weights_only=True)
-    assert path["alpha"] == [0, 0.5, 1]
+    (file,) = out.glob("*.hist")
+    assert file.name == f"{method}-small_1-to-small_lc_version_0_1.hist"
+    path = torch.load(file, weights_only=True)
+    ends = {"method": method, "a": str(file_of(run, "")), "b": str(file_of(run, "lc"))}
+    assert {key: path.pop(key) for key in ends} == ends and path["alpha"] == [0, 0.5, 1]
     for i, history in ((0, run), (-1, run / "small_lc_version_0")):
         recorded = torch.load(history / "evaluation-history.hist", weights_only=True)
         assert set(path) == {"alpha"} | set(recorded) - {"checkpoints"}
         for key in set(path) - {"alpha"}:
             assert path[key][i] == pytest.approx(recorded[key][-1], rel=1e-5, abs=1e-6, nan_ok=True), key
-    assert math.isnan(path["norm"][1]) == (method == "average")
-    rows = list(csv.DictReader((out / "path.csv").open()))
+    for key in ("norm", "log_prod_spectral", "log_path1", "untied"):
+        assert math.isnan(path[key][1]) == (method == "average")
+    rows = list(csv.DictReader(file.with_suffix(".csv").open()))
+    assert all(row[key] == end for row in rows for key, end in ends.items())
     assert all([float(row[key]) for row in rows] == pytest.approx(path[key], nan_ok=True) for key in path)
-    assert (out / "path.png").read_bytes()[:4] == b"\x89PNG"
+    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_path_leads_from_any_network_of_a_run_to_any_other_and_lies_beside_it(run):
     assert interpolated(file_of(run, "fc"), file_of(run, "lc1"), "--points", 2) == 0
-    assert "nonlocal" in torch.load(file_of(run, "lc1").parent / "path.hist", weights_only=True)
+    path = file_of(run, "lc1").parent / "linear-small_fc_version_0_1-to-small_lc1_version_0_1.hist"
+    assert "nonlocal" in torch.load(path, weights_only=True)
+
+
+def test_a_path_never_replaces_that_of_other_checkpoints_or_of_another_method(run, tmp_path, capsys):
+    pair, out = [file_of(run, ""), file_of(run, "lc")], ["--points", 2, "--out", tmp_path / "out"]
+    assert interpolated(*pair, *out) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    ends_with("name another --out", [copy_of(run, tmp_path / "copy"), pair[1], *out], capsys)
+    assert interpolated(*pair, *out, "--method", "curvilinear") == 0 == interpolated(*pair[::-1], *out)
+    assert {path: path.read_bytes() for path in before} == before and len([*(tmp_path / "out").iterdir()]) == 9
+    assert not has_files_of_a_run(tmp_path / "out")  # a run may begin there
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(interpolate, "load_network", lambda file: pytest.fail("a network was loaded"))
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")  # root may write anywhere
+
+    monkeypatch.setattr(interpolate.tempfile, "TemporaryFile", refuse)
+    ends_with("cannot be written", [file_of(run, ""), file_of(run, "lc"), "--out", tmp_path], capsys)
 
 
 def linear(*weights: float) -> nn.Sequential:
@@ -104,13 +130,9 @@ class Images(torch.Tensor):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_the_points_of_a_string_move_to_their_neighbours_at_once_worked_by_hand(shuffle, monkeypatch):
-    """Without graphs, of which each point would keep one, and without an order that a GPU would wait for."""
-
-    def step(net, image_shape, lr, batch_size, graph):
-        assert not graph
-        return lambda x, y: None
-
-    monkeypatch.setattr(interpolate, "Step", step)
+    """Without an order that a GPU would wait for."""
+    monkeypatch.setattr(interpolate, "streamline", lambda net, image_shape: net)
+    monkeypatch.setattr(interpolate, "sgd_step", lambda net, sgd, x, y: None)
     data, nets = some_data(), [linear(weight) for weight in (0.0, 8.0, 0.0, 4.0)]
     data.x_train, data.x_train.indices = data.x_train.as_subclass(Images), []
     for expected in ([0, 4, 3, 4], [0, 2.75, 3.5, 4]):  # 8 + (0 + 0 - 16) / 4, and 0 + (8 + 4 - 0) / 4
@@ -121,7 +143,7 @@ def test_the_points_of_a_string_move_to_their_neighbours_at_once_worked_by_hand(
 
 def test_a_string_takes_sgd_steps_between_fixed_ends():
     torch.manual_seed(0)
-    data, nets = some_data(), [small_cnn(3).net for _ in range(3)]
+    data, nets = some_data(), [small_cnn(3) for _ in range(3)]
     before = [[p.clone() for p in net.parameters()] for net in nets]
     loss = nn.functional.cross_entropy(nets[1](data.x_train), data.y_train)
     gradients = torch.autograd.grad(loss, nets[1].parameters())
@@ -137,7 +159,7 @@ def test_the_simpler_network_is_lifted_to_the_others_form(pair):
     torch.manual_seed(0)
     forms = {"": lambda net: net, "lc1": lambda net: untie(net, IMAGE, {1}), "lc": lambda net: untie(net, IMAGE),
              "fc": lambda net: fully_connect(net, IMAGE)}  # fmt: skip
-    data, nets = some_data(), [forms[name](small_cnn(3).net) for name in pair]
+    data, nets = some_data(), [forms[name](small_cnn(3)) for name in pair]
     for ends in (nets, nets[::-1]):
         lifted = lift(*ends, IMAGE)
         shapes = [[(name, p.shape) for name, p in net.state_dict().items()] for net in lifted]
@@ -167,16 +189,6 @@ def ends_with(said: str, arguments, capsys, status: int = cli.BAD_INPUT):
     assert ended.value.code == status and said in line
 
 
-@pytest.mark.parametrize(
-    "flag, value, said",
-    [("--points", 1, "1: has to be between 2"), ("--points", "few", "few"), ("--epochs", -1, "-1: has to be"),
-     ("--method", "bezier", "bezier"), ("--stiffness", 0.6, "0.6: has to be between 0 and 0.5"),
-     ("--stiffness", "nan", "nan: has to be"), ("--out", "/dev/null/there", "name another --out")],
-)  # fmt: skip
-def test_bad_values_are_refused_in_one_line(run, capsys, flag, value, said):
-    ends_with(said, [file_of(run, ""), file_of(run, "lc"), flag, value], capsys)
-
-
 def test_ends_that_cannot_be_compared_are_refused_in_one_line(run, tmp_path, capsys):
     good, other = file_of(run, ""), tmp_path / "tiny.npz"
     ends_with("there.pyT is no file", [good, tmp_path / "there.pyT"], capsys)
@@ -189,8 +201,8 @@ def test_ends_that_cannot_be_compared_are_refused_in_one_line(run, tmp_path, cap
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.LazyLinear(3)])
 def test_a_network_that_cannot_be_measured_here_is_refused_in_one_line(run, layer, monkeypatch, capsys):
-    net = small_cnn(3).net
-    monkeypatch.setitem(models.NETWORKS, "small", lambda classes: models.ConvNet(*net[:2], layer, *net[2:]))
+    net = small_cnn(3)
+    monkeypatch.setitem(models.NETWORKS, "small", lambda classes: nn.Sequential(*net[:2], layer, *net[2:]))
     ends_with(type(layer).__name__, [file_of(run, ""), file_of(run, "")], capsys)
 
 

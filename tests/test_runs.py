@@ -43,7 +43,7 @@ def test_run_names_hold_what_differs_from_the_defaults():
     ("epochs", (0, -3, 10**5 + 1)), ("n_splits", (0, 10**4 + 1)), ("data_size", (-1, 10**9 + 1)),
     ("batch_size", (0, 10**6 + 1)), ("lc_epochs", (-1, 10**5 + 1)), ("seed", (-1, 2**32)),
     ("cnn_lr", (0.0, -1.0, float("nan"))), ("lc_lr", (float("inf"), 1e39)), ("splits", ((4,), (-1, 2))),
-    ("momentum", (-0.1, 1.0)), ("weight_decay", (-0.1, float("nan"))),
+    ("momentum", (-0.1, 1.0)), ("weight_decay", (-0.1, float("nan"))), ("lc_evaluations", (1, 10**4 + 1)),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(name, values):
     for value in values:

@@ -2,26 +2,22 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from compare_runs import equal, states
 from small_study import run, small_cnn
 from torch import nn
 
-import experiments
 from convert import largest_difference
-from models import NETWORKS, ConvNet, load_network, skinnyprime
-from rnorm.checkpoints import Track, load, load_history, save
+from models import NETWORKS, load_network
 from rnorm.cli import Stop
 from rnorm.conversions import untie
 from rnorm.files import RnormError
 from rnorm.measure import KEYS
-from rnorm.runs import Member, Settings, converted_members, read_config
+from rnorm.runs import Member, converted_members, read_config
+from rnorm.store import load, load_history, save
 
 
 def study(tmp_path, npz, *flags):
@@ -54,7 +50,7 @@ def test_a_run_leaves_the_documented_files(tmp_path, npz):
         assert all(type(v) in (int, float) for key in values for v in values[key])
 
 
-CONVERTED = ("lc", "lc5", "tied", "tied5", "tied1+5", "cnn")
+CONVERTED = ("lc", "lc5", "tied", "tied5", "tied1+5", "cnn", "head")
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +86,15 @@ def test_the_controls_are_the_cnn_itself_and_of_all_layers_by_name_that_of_all(p
         load(path / f"small_{name}_version_1" / f"small_{name}_version_3.pyT")
         for name in ("tied", "tied5", "tied1+5", "cnn")
     )
+    assert all_by_name["identity"].pop("conversion") != tied["identity"].pop("conversion")
     assert equal(tied, all_by_name)
     weights = [state["weights"]["net.1.weight"] for state in (tied, tied5, on)]
     assert not any(torch.equal(*pair) for pair in itertools.combinations(weights, 2))
+
+
+def test_of_head_the_last_layer_alone_moves(path):
+    before, after = (load(path / "small_head_version_1" / f"small_head_version_{e}.pyT")["weights"] for e in (0, 3))
+    assert [key for key in before if not torch.equal(before[key], after[key])] == ["net.9.weight", "net.9.bias"]
 
 
 def test_conversions_are_added_to_a_run_without_touching_what_is_there(tmp_path, npz):
@@ -125,14 +127,14 @@ def test_a_network_that_was_edited_is_another_run(tmp_path, npz, monkeypatch, wi
     path = study(tmp_path, npz, *flags, "--cnn_only")
     before = {file: file.read_bytes() for file in path.rglob("*.*") if file.name != ".lock"}
 
-    def edited(num_classes: int) -> ConvNet:
-        layers = list(small_cnn(num_classes).net)
-        return ConvNet(*layers[:5], nn.Conv2d(4, width, 3), nn.ReLU(), pool, *layers[8:-1], nn.Linear(width, 3))
+    def edited(num_classes: int) -> nn.Sequential:
+        layers = list(small_cnn(num_classes))
+        return nn.Sequential(*layers[:5], nn.Conv2d(4, width, 3), nn.ReLU(), pool, nn.Flatten(), nn.Linear(width, 3))
 
     monkeypatch.setitem(NETWORKS, "small", edited)
-    for call in (lambda: study(tmp_path, npz, *flags), lambda: run("convert.py", path)):
+    for call in (study, lambda *given: study(*given, "--exec", 0), lambda *given: run("convert.py", path)):
         with pytest.raises(RnormError, match=r"is another run: layer \d .* there, .* here.*; give the same") as error:
-            call()
+            call(tmp_path, npz, *flags)
         assert "\n" not in str(error.value)
         assert {file: file.read_bytes() for file in path.rglob("*.*") if file.name != ".lock"} == before
 
@@ -140,7 +142,7 @@ def test_a_network_that_was_edited_is_another_run(tmp_path, npz, monkeypatch, wi
 def test_a_conversion_is_compared_with_its_cnn_in_double_precision():
     torch.manual_seed(0)
     cnn, x = small_cnn(), torch.randn(20, 3, 32, 32)
-    elcn = untie(cnn.net, (3, 32, 32))
+    elcn = untie(cnn, (3, 32, 32))
     assert largest_difference(cnn, elcn, x) < 1e-12
     assert {p.dtype for p in (*cnn.parameters(), *elcn.parameters())} == {torch.float32}
     elcn[9].weight.data[0, 0] *= 1 + 1e-6
@@ -156,30 +158,54 @@ def test_runs_differ_in_every_setting_that_changes_results(tmp_path, npz):
         assert history_of(other)["test_loss"][1] != history_of(base)["test_loss"][1], flags
 
 
-def test_the_plan_trains_nothing_and_does_not_load_torchs_compiler(tmp_path, npz):
-    """To load it takes seconds."""
-    code = "import sys, small_study; small_study.run(*sys.argv[1:]); sys.exit('sympy' in sys.modules)"
-    flags = ("--exec", 0, "--dataset", npz, "--results_dir", tmp_path / "results", "--convert_to", "lc", "tied")
-    argv = [sys.executable, "-c", code, "experiments.py", *map(str, flags)]
-    plan = subprocess.run(argv, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
-    assert plan.count("1 2 3 4 6 8 10 13 18 23 30 40 52 67 88 115 150") == 3  # the splits twice, and the evaluations
-    assert "GB needed" in plan and "GB free" in plan and "tied        17, from these epochs" in plan
-    assert "TFLOP" in plan and "0 of 35 networks complete" in plan
-    assert not (tmp_path / "results").exists()
+def test_converted_networks_are_evaluated_as_their_setting_says(tmp_path, npz):
+    flags = ("--epochs", 5, "--n_splits", 1)
+    path = study(tmp_path, npz, *flags, "--lc_evaluations", 2)
+    assert path.name.endswith("-lc_evaluations=2") and history_of(path, "lc", 1)["checkpoints"] == [0, 1, 5]
+    elsewhere = study(tmp_path / "elsewhere", npz, *flags)
+    assert elsewhere.name == path.name.removesuffix("-lc_evaluations=2")
+    assert history_of(elsewhere, "lc", 1)["checkpoints"] == [*range(6)]
+    assert run("convert.py", path, "--convert_to", "tied") == 0
+    assert history_of(path, "tied", 1)["checkpoints"] == [0, 1, 5]
 
 
-def test_the_plan_counts_the_histories_that_checkpoints_hold(tmp_path):
-    """At 10,000 epochs they are most of what is written."""
-    member = Member(tmp_path, Settings(epochs=10_000))
-    planned, _ = experiments.disk_space(tmp_path / "run", [member], None)
-    track, sizes = Track(member, skinnyprime(), [0.05] * 8), []
-    keys = [*KEYS[1:], "untied_1", "untied_5", "untied_9"]
-    for track.epoch in (0, 10_000):
-        values = np.random.default_rng(0).random((len(keys), track.epoch + 1)).tolist()
-        track.history = {"checkpoints": list(range(track.epoch + 1)), **dict(zip(keys, values))}
-        save(track.state(), tmp_path / "file")
-        sizes.append((tmp_path / "file").stat().st_size)
-    assert planned == pytest.approx(10_001 * sum(sizes) / 2, rel=0.1)
+@pytest.mark.parametrize("evaluated", [[0, 5], [1]])
+def test_a_network_evaluated_at_other_epochs_is_complete_or_continued(tmp_path, npz, capsys, evaluated):
+    flags = ("--epochs", 5, "--n_splits", 1)
+    path = study(tmp_path, npz, *flags)
+    elcn, whole = Member(path, read_config(path)[0], "lc", 1), history_of(path, "lc", 1)
+    history = {key: [values[whole["checkpoints"].index(e)] for e in evaluated] for key, values in whole.items()}
+    save(history, elcn.history_file)
+    if evaluated == [1]:  # unfinished
+        save(load(elcn.checkpoint(1)) | {"history": history}, elcn.checkpoint(1))
+        for epoch in (0, 2, 3, 4, 5):
+            elcn.checkpoint(epoch).unlink()
+        history = {key: values[1:] for key, values in whole.items()}
+    before = states(path)
+    assert study(tmp_path, npz, *flags) == path
+    assert repr(history_of(path, "lc", 1)) == repr(history) and (states(path) == before) == (evaluated == [0, 5])
+    assert not list(path.rglob("*.damaged")) and "damaged" not in capsys.readouterr().err
+
+
+def test_finished_runs_are_evaluated_again_for_what_they_lack_and_keep_what_they_have(tmp_path, npz, capsys):
+    path = study(tmp_path, npz, "--epochs", 2, "--n_splits", 1)
+    elcn, whole = Member(path, read_config(path)[0], "lc", 1), history_of(path, "lc", 1)
+    old = {key: values for key, values in whole.items() if key != "log_path1"}
+    save(old | {"norm": [7.0, *whole["norm"][1:]]}, elcn.history_file)
+    elcn.checkpoint(1).unlink()
+    before = states(path)
+    assert run("convert.py", path, "--evaluate", "--data_dir", npz.parent) == 0
+    history = history_of(path, "lc", 1)
+    assert [history["log_path1"][i] for i in (0, 2)] == pytest.approx([whole["log_path1"][i] for i in (0, 2)])
+    assert history["log_path1"][1] != history["log_path1"][1] and history["norm"] == [7.0, *whole["norm"][1:]]
+    assert repr({**history, "log_path1": 0, "norm": 0}) == repr({**whole, "log_path1": 0, "norm": 0})
+    out = capsys.readouterr().out
+    assert (
+        "eLCN from 1: 2 evaluations measured again; 1 have no checkpoint" in out and "norm differs at 1, by up" in out
+    )
+    assert {file for file, state in states(path).items() if state != before[file]} == {
+        Path(member.history_file.relative_to(path)) for member in (elcn, Member(path, elcn.settings))
+    }
 
 
 def test_double_precision_is_double_throughout(tmp_path, npz):
@@ -189,9 +215,7 @@ def test_double_precision_is_double_throughout(tmp_path, npz):
         assert {p.dtype for p in load(checkpoint)["weights"].values()} == {torch.float64}
 
 
-def test_fc_keeps_the_last_checkpoint_unless_told_otherwise(tmp_path, npz, capsys):
+def test_fc_keeps_the_last_checkpoint_unless_told_otherwise(tmp_path, npz):
     path = study(tmp_path, npz, "--epochs", 2, "--n_splits", 1, "--convert_to", "fc", "lc")
     assert [p.name for p in (path / "small_fc_version_1").glob("*.pyT")] == ["small_fc_version_2.pyT"]
     assert len(list((path / "small_lc_version_1").glob("*.pyT"))) == 3
-    assert experiments.main(["--exec", "0", "--device", "cpu", "--convert_to", "fc"]) == 0
-    assert "1 checkpoint stays of each, 442 MB" in capsys.readouterr().out
