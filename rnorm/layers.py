@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
+from torch._guards import detect_fake_mode
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 SHORT = 48  # numbers; where a kernel row sees less of an image, copying all patches is quicker on the CPU
@@ -65,8 +65,8 @@ class LocallyConnected2d(nn.Module):
     Shapes:
         - Input: (N, C_in, H, W) or (C_in, H, W), with (H, W) equal to `input_size`; N may be 0.
         - Output: (N, C_out, H_out, W_out) or (C_out, H_out, W_out), with
-          H_out = (H + 2 p_h - d_h (k_h - 1) - 1) // s_h + 1 and W_out alike. Its memory format is the input's; channels
-          last is quicker.
+          H_out = (H + 2 p_h - d_h (k_h - 1) - 1) // s_h + 1 and W_out alike. Its memory format is the input's, of
+          which channels last takes a copy less.
 
     Attributes:
         padding: (above, to the left), also where it was given as a word.
@@ -91,7 +91,7 @@ class LocallyConnected2d(nn.Module):
     second derivatives, Hessians          on every device; they take the plain form, which is slower
     batched gradients, `vectorize=True`   no: PyTorch says so in a RuntimeError; `unfolded` works with them
     torch.compile, torch.export           they get the plain form; so do torch.jit.trace and both ONNX exporters
-    FakeTensorMode, memory trackers       yes
+    FakeTensorMode, `aot_module`          yes, and memory trackers
     `fx.symbolic_trace`                   yes; the layer is one node of the graph
     FlopCounterMode                       counts what is computed, without products with padding
     memory formats                        as `nn.Conv2d`: after a contiguous input `view` works
@@ -161,7 +161,8 @@ class LocallyConnected2d(nn.Module):
             self.register_parameter("bias", None)
         self.fused_step: float | None = None
         self.way: type[Rows] | type[Patches] | None = None
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}  # of `_readers`; a CUDA graph of this layer reads them
+        # What `_readers` returns, by its arguments. A CUDA graph reads it, so it lives as long as the layer.
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
         self.reset_parameters()
 
     def reset_parameters(self, init: Callable[[Tensor], Any] | None = None) -> None:
@@ -219,7 +220,7 @@ class LocallyConnected2d(nn.Module):
     def compute(self, x: Tensor, padding: tuple[int, int], outputs: tuple[int, int]) -> Tensor:
         """The first `outputs` (rows, columns) of the output, for an input with `padding` zeros (above, to the left).
 
-        In whatever memory format is quickest, which is channels last.
+        Its memory format is the one that takes no copy, whatever the input's is.
         """
         geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation, outputs)
         weight, bias, device = self.weight, self.bias, x.device.type
@@ -442,9 +443,11 @@ class Patches:
         filters = weight.flatten(2, 4).flatten(0, 1)
         taps = torch.bmm(grad.flatten(0, 1), filters.transpose(1, 2))  # (H_out * W_out, N, k_h * k_w * C_in)
         key = g, height, width, grad.device
-        readers, first = tables.get(key) or _readers(*key)
-        if not isinstance(grad, FakeTensor):
-            tables[key] = readers, first
+        if detect_fake_mode(grad):
+            tables = {}  # fake tensors are neither kept nor mixed with others
+        if key not in tables:
+            tables[key] = _readers(*key)
+        readers, first = tables[key]
         # The same for n images. In `taps` all images of a position lie together, and of each image a whole window.
         window, images = math.prod(g.kernel), torch.arange(n, device=grad.device)[:, None]
         first = (first + images * len(readers)).flatten()

@@ -17,6 +17,7 @@ import torch.nn.utils.prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from rnorm.layers import Geometry, LocallyConnected2d, Patches, Rows, layer_shapes, unfolded
@@ -472,17 +473,20 @@ def test_it_is_one_node_of_a_symbolic_trace():
     assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
 
 
-def test_no_number_is_read_off_the_device_in_a_step():
-    from torch._subclasses.fake_tensor import FakeTensorMode
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+def test_traced_with_fake_tensors_it_computes_its_gradients_and_keeps_none_of_them(way):
+    """So no number is read off the device in a step."""
+    from functorch.compile import aot_module, nop
 
-    with FakeTensorMode():
-        net = net_of_anyone(padding=1)
-        x = torch.randn(2, 3, 8, 8, requires_grad=True)
-        net(x).sum().backward()
-        assert x.grad.shape == x.shape
-    real = torch.randn(2, 3, 8, 8, requires_grad=True)
-    net_of_anyone(padding=1)(real).sum().backward()  # nothing of the pretended tensors was kept
-    assert type(real.grad) is torch.Tensor and real.grad.isfinite().all()
+    net, x = by(way, net_of_anyone(padding=1)), torch.randn(2, 3, 8, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(net(x).sum(), x)
+    for other in (net, by(way, net_of_anyone(padding=1))):  # after a step of its own, and before
+        (got,) = torch.autograd.grad(aot_module(other, fw_compiler=nop, bw_compiler=nop)(x).sum(), x)
+        assert close(got, expected, 1e-5)
+        assert torch.equal(torch.autograd.grad(other(x).sum(), x)[0], expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert torch.autograd.grad(net(x).sum(), x)[0].shape == x.shape
 
 
 def test_its_operations_are_counted():
