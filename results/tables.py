@@ -197,17 +197,20 @@ def first_epoch(networks: Networks) -> str:
                 keys = ("test_acc", NORM, "train_loss")
                 mean = {key: np.mean([evaluation[key] for evaluation in near]) for key in keys}
                 band = {key: np.ptp([evaluation[key] for evaluation in near]) for key in keys}
-                found.append((after, near[AROUND], mean, band))
+                elcn = at_epoch(networks.get(f"eLCN from {split}", {}).get(seed, {"checkpoints": np.array([])}), 1)
+                found.append((after, near[AROUND], mean, band, elcn))
         if found:
             row = {"network": name, "seeds": str(len(found))}
+            beside = [after["test_acc"] - elcn["test_acc"] for after, *_, elcn in found if elcn]
+            own = name == f"eLCN from {split}"
+            row["test accuracy minus the eLCN's"] = "" if own else interval(beside, 2, PAIRED, "+")
             for key, title, digits, error in (
                 ("test_acc", "test accuracy", 2, PAIRED), (NORM, "norm", 3, 0), ("train_loss", "train loss", 3, 0)
             ):  # fmt: skip
-                row[title] = interval((after[key] - mean[key] for after, _, mean, _ in found), digits, error, "+")
-                at_split = interval((at[key] - mean[key] for _, at, mean, _ in found), digits, 0, "+")
-                row[f"{title}: CNN at the split; its range"] = (
-                    f"{at_split}; {np.mean([band[key] for *_, band in found]):.{digits}f}"
-                )
+                row[title] = interval((after[key] - mean[key] for after, _, mean, *_ in found), digits, error, "+")
+                at_split = interval((at[key] - mean[key] for _, at, mean, *_ in found), digits, 0, "+")
+                band = np.mean([band[key] for *_, band, _ in found])
+                row[f"{title}: CNN at the split; its range"] = f"{at_split}; {band:.{digits}f}"
             rows.append(row)
     note = (
         f"After a network's first own epoch, minus the mean of the CNN's {2 * AROUND + 1} epochs around the split. "

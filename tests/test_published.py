@@ -1,9 +1,10 @@
-"""What ships in results/: histories, the tables and curves made of them, and how a run gets there."""
+"""What ships in results/: the tables and curves are those of the shipped histories."""
 
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 RESULTS = Path(__file__).parents[1] / "results"
 sys.path.insert(0, str(RESULTS))
@@ -15,49 +16,68 @@ from fake_runs import make_run, put
 from rnorm.runs import Settings
 
 
-def printed_by(capsys, *runs) -> list[list[str]]:
-    """The tables that tables.py prints, each a list of lines."""
+def rows_of(capsys, title: str, *runs: Path) -> list[dict[str, str]]:
+    """A table that tables.py prints, by its title."""
     assert tables.main([str(run) for run in runs]) == 0
-    return [block.splitlines() for block in capsys.readouterr().out.split("\n\n") if block.startswith("| ")]
+    part = capsys.readouterr().out.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    columns, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in part.splitlines() if "|" in line]
+    return [dict(zip(columns, row)) for row in rows]
 
 
-def cells(row: str) -> list[str]:
-    return [cell.strip() for cell in row.strip("|").split("|")]
-
-
-def test_the_shipped_curves_and_table_are_those_of_the_shipped_histories(tmp_path):
-    (seed_0,) = (RESULTS / "published").glob("*.npz")
-    for inputs, flag, name in ((seed_0, "--table", "reproduction.md"), (seed_0.parent, "--csv", "reproduction.csv")):
-        assert plot.main([str(inputs), flag, str(tmp_path / name), "--out", str(tmp_path / "a.png")]) == 0
+def test_the_shipped_tables_and_curves_are_those_of_the_shipped_histories(tmp_path, capsys):
+    tables.main(["--out", str(tmp_path / "tables.md")])
+    assert (tmp_path / "tables.md").read_text() == (RESULTS / "tables.md").read_text()
+    (seed_0,) = (RESULTS / "published").glob("*lc_lr=0.01*.npz")
+    slow = sorted((RESULTS / "published").glob("*lc_lr=0.01*"))
+    for inputs, flag, name in (([seed_0], "--table", "reproduction.md"), (slow, "--csv", "reproduction.csv")):
+        out = ["--out", str(tmp_path / "figure.png")]
+        assert plot.main([*map(str, inputs), flag, str(tmp_path / name), *out]) == 0
         assert (tmp_path / name).read_text() == (RESULTS / name).read_text()
 
 
-def test_the_tables_in_the_texts_come_from_the_shipped_histories(capsys):
-    printed = {titles: rows for titles, *rows in printed_by(capsys)}
-    texts = [path.read_text() for path in (RESULTS.parent / "README.md", RESULTS / "README.md")]
-    shown = [block.splitlines() for text in texts for block in text.split("\n\n") if block.split("\n")[0] in printed]
-    for titles, *rows in shown:
-        assert set(rows) <= set(printed[titles])
-    _, *paper = next(rows for titles, *rows in shown if "paper" in titles)
-    assert [cells(row)[0] for row in paper] == ["CNN", *(f"eLCN from {split}" for split in (1, 9, 28, 85))]
+def test_the_readmes_table_is_part_of_the_shipped_one():
+    """Each of its cells stands in the row of tables.md of that network and that train loss."""
+    readme = (RESULTS.parent / "README.md").read_text()
+    shipped = [line for line in (RESULTS / "tables.md").read_text().splitlines() if line.startswith("| ")]
+    part = readme.partition("## Results")[2].partition("\n## ")[0]
+    _, _, *rows = [line[1:-1].split("|") for line in part.splitlines() if line.startswith("| ")]
+    assert 4 <= len(rows) <= 6
+    for row in rows:
+        cells = [cell.strip() for cell in row if cell.strip()]
+        assert any(all(f"| {cell} |" in line for cell in cells) for line in shipped), row
 
 
-def test_a_run_without_epochs_of_the_published_figure_has_no_row_against_it(tmp_path, capsys):
-    assert not any("paper" in titles for titles, *_ in printed_by(capsys, make_run(tmp_path, cnn_epochs=0)))
-
-
-def test_controls_are_compared_seed_by_seed_at_equal_epochs_and_at_equal_train_loss(tmp_path, capsys):
-    """The eLCN has its control's loss of epoch 10 after 2 epochs, between evaluations whose logarithms it halves."""
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of a CNN, the eLCN and its slowed control from 2; train loss falls by 1, 1/2 and 1/4 an epoch, in ln."""
     for seed in (0, 1):
         settings = Settings(epochs=10, splits=(2,), seed=seed)
         run = make_run(tmp_path, cnn_epochs=10, conversions=(), epochs=10, splits=(2,), seed=seed)
-        put(run, settings, "lc", 2, 10, train_loss=np.exp(-np.arange(10.0)), test_acc=60 + 2 * np.arange(10) + seed)
-        put(run, settings, "tied", 2, 10, train_loss=np.exp(-np.arange(10) / 4), test_acc=60 + np.arange(10))
-    comparison, first = printed_by(capsys, tmp_path)[-2:]
-    rows = {cells(row)[3]: dict(zip(cells(comparison[0]), cells(row))) for row in comparison[2:]}
-    assert rows["epochs"]["test accuracy"] == "69.00, 78.50, +9.50 ± 0.71"
-    assert rows["train loss"]["test accuracy"] == "69.00, 65.00, -4.00 ± 0.71"  # 2.25 epochs: 60 + 4.5 + seed
-    assert rows["train loss"]["untied's, or nearest"] == "2, 2" and rows["train loss"]["seeds"] == "2"
-    assert [[row[1], row[5]] for row in map(cells, first[2:])] == [
-        ["eLCN", "+2.00 ± 0.00"], ["`tied`", "+1.00 ± 0.00 (50 ± 0 %)"], ["CNN at its own rate", "+1.00 ± 0.00"]
-    ]  # fmt: skip
+        epochs = np.arange(10)
+        put(run, settings, "", 0, 11, train_loss=np.exp(-np.arange(11) / 4), test_acc=60 + np.arange(11))
+        put(run, settings, "lc", 2, 10, train_loss=np.exp(-epochs.astype(float)), test_acc=60 + 2 * epochs + seed)
+        put(run, settings, "cnn", 2, 10, train_loss=np.exp(-epochs / 2), test_acc=60 + epochs)
+    return tmp_path
+
+
+def test_networks_are_compared_seed_by_seed_where_their_train_loss_first_falls_to_a_level(runs, capsys):
+    """ln 0.35 = -1.05: the eLCN after 1.05 epochs, the CNN after 4.2, the slowed CNN after 2.1."""
+    rows = {row["network"]: row for row in rows_of(capsys, "At equal train loss", runs) if row["train loss"] == "0.35"}
+    # 95 % of a mean of two that differ by 1: 12.71 / 2; and 1.96 * 0.40 points of the test images
+    assert rows["eLCN from 2"]["test accuracy minus the CNN's"] == "-1.60 ± 6.40"
+    assert rows["eLCN from 2"]["test accuracy minus the slowed CNN's"] == "+0.50 ± 6.40"
+    assert rows["eLCN from 2"]["seeds"] == "2" and rows["cnn from 2"]["norm minus the slowed CNN's"] == ""
+
+
+def test_a_first_epoch_is_compared_with_the_mean_of_the_cnns_around_the_split(runs, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "AROUND", 1)
+    row = rows_of(capsys, "The first epoch after the split", runs)[0]
+    assert row["network"] == "eLCN from 2" and row["test accuracy"] == "+0.50 ± 6.40"  # 62 + seed, minus 62
+    assert row["test accuracy: CNN at the split; its range"] == "+0.00; 2.00"
+
+
+def test_a_norm_that_was_not_recorded_is_called_so(capsys):
+    rows = rows_of(capsys, "Other norms and other margins")
+    assert any(row["spectral"] == "not recorded" for row in rows)
+    assert tables.interval([], 2) == "" and tables.interval([1.0], 2) == "1.00"
+    assert tables.interval([1.0], 2, error=0.5) == "1.00 ± 0.98" and tables.interval([np.nan, 1.0], 2) == "undefined"
