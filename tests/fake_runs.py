@@ -44,5 +44,5 @@ def put(run, settings, conversion, split, evaluations, diverged_at=None, **chang
     member.directory.mkdir(exist_ok=True)
     values = history(member.evaluations[:evaluations], split, settings.seed, **changes)
     if diverged_at is not None:
-        values = {key: [*of, diverged_at if key == "checkpoints" else math.nan] for key, of in values.items()}
+        values = {key: [*numbers, diverged_at if key == "checkpoints" else math.nan] for key, numbers in values.items()}
     save(values, member.history_file)

@@ -49,7 +49,7 @@ def test_the_readmes_table_is_part_of_the_shipped_one():
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two seeds of a CNN, the eLCN and its slowed control from 2; train loss falls by 1, 1/2 and 1/4 an epoch, in ln."""
+    """Two seeds of a CNN, of the eLCN and of its slowed control from 2; each has its own fall of the train loss."""
     for seed in (0, 1):
         settings = Settings(epochs=10, splits=(2,), seed=seed)
         run = make_run(tmp_path, cnn_epochs=10, conversions=(), epochs=10, splits=(2,), seed=seed)

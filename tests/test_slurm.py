@@ -21,7 +21,9 @@ from conftest import make_arrays
 from small_study import small_cnn
 
 from rnorm import cli
+from rnorm.signals import SIGNALS
 
+SAVED = SIGNALS[signal.SIGUSR1]
 ROOT = Path(__file__).parents[1]
 FLAGS = ("--network", "small", "--dataset", "tiny.npz", "--batch_size", "50")
 CPU = (*FLAGS, "--device", "cpu")  # the test Slurm's GPUs are fake
@@ -208,12 +210,12 @@ def test_an_active_environment_is_not_replaced(tmp_path, fake):
 
 @pytest.mark.parametrize("scontrol", [True, False])
 def test_a_saved_job_requeues_itself_alone_or_says_that_it_cannot(tmp_path, fake, no_slurm, scontrol):
-    fake("python", f"exit {cli.SAVED}")
+    fake("python", f"exit {SAVED}")
     if scontrol:
         fake("scontrol", 'echo "scontrol $@"')
     (tmp_path / "spool").mkdir()  # where Slurm has its copy
     script = (shutil.move(tmp_path / "job.sh", tmp_path / "spool"), "convert.py", "RUN")
-    variables = {"PATH": no_slurm, "SLURM_SUBMIT_DIR": tmp_path, "SLURM_JOB_ID": 50, "status": cli.SAVED}
+    variables = {"PATH": no_slurm, "SLURM_SUBMIT_DIR": tmp_path, "SLURM_JOB_ID": 50, "status": SAVED}
     task = {"SLURM_ARRAY_JOB_ID": 50, "SLURM_ARRAY_TASK_ID": 28}
     for more, number in (({}, "50"), (task, "50_28")):
         text = call("bash", *script, **variables, **more)
