@@ -161,7 +161,8 @@ def evaluate_again(member: Member, data: Data, bar: tqdm) -> None:
                 pass
             bar.update()
         history, differing = completed(history, measured)
-        store.write_history(history)
+        if measured:
+            store.write_history(history)
     bar.clear()
     gone = len(history["checkpoints"]) - len(measured)
     print(f"{member.label}: {len(measured)} evaluations measured again" + (f"; {gone} have no checkpoint" * bool(gone)))

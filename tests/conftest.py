@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch loads: on busy cores, threads wait for each other
 
 import numpy as np
 import pytest

@@ -34,14 +34,12 @@ fuzz = settings(max_examples=int(os.environ.get("FUZZ_CASES", 200)))
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """A run of one CNN epoch; the tests work in the directory above, with a data set and nothing else."""
-    place, old, threads = tmp_path_factory.mktemp("fuzz"), Path.cwd(), torch.get_num_threads()
+    place, old = tmp_path_factory.mktemp("fuzz"), Path.cwd()
     os.chdir(place)
-    torch.set_num_threads(1)  # where other work keeps the cores busy, several threads make tiny networks very slow
     np.savez("tiny.npz", **make_arrays(12, 6))
     assert run("experiments.py", "--dataset", "tiny.npz", "--epochs", 1, "--splits", 1, "--results_dir", "good") == 0
     yield next(Path("good").iterdir())
     os.chdir(old)
-    torch.set_num_threads(threads)
 
 
 FLAGS = ["--epochs", "--cnn_lr", "--seed", "--momentum", "--precision", "--splits", "--network", "--convert_to",
