@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -23,8 +24,9 @@ settings.load_profile("the same examples in every run")
 def pytest_configure(config):
     """`pytest -m cuda` computes on a GPU. From all other tests, and from what they start, GPUs are hidden.
 
-    So are the directories that whoever runs the tests has set.
+    Nothing else that whoever runs the tests has set counts either.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     os.environ.pop("RNORM_RESULTS", None)
     os.environ.pop("RNORM_DATA", None)
     if config.option.markexpr != "cuda":
