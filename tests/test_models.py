@@ -136,6 +136,14 @@ def test_a_network_without_a_linear_layer_loads(monkeypatch, tmp_path, conversio
     assert torch.equal(load_network(path)(x), network(x)) and network(x).shape == (2, 7)
 
 
+def test_files_that_begin_with_a_dot_are_nobodys(tmp_path):
+    """macOS puts a `._` file beside each file on a foreign disk."""
+    for name in ("small_3.pyT", "latest.pyT"):
+        torch.save({"weights": to_file(small_cnn(10))}, tmp_path / name)
+        (tmp_path / f"._{name}").write_bytes(b"x")
+    assert load_network(tmp_path / "latest.pyT")(torch.zeros(2, *IMAGE)).shape == (2, 10)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_of_the_released_code_load(undisturbed, tmp_path, zipped):
     """Weights and optimizer alone, of ten classes, contiguous, as a zip or in the format before torch 1.6."""

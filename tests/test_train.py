@@ -229,3 +229,18 @@ def test_what_is_left_is_told_from_what_this_process_did(members, progress):
     assert progress.bar.n == 2 * 60 > progress.bar.initial
     progress.skip(members[2])
     assert progress.bar.total == 2 * 2 * 60
+
+
+def test_a_clock_that_is_set_back_makes_no_negative_time(members, progress, capsys, monkeypatch):
+    progress.begin(members[0], 1, 0, False)
+    progress.stepped(60)
+    now = progress.bar._time()
+    monkeypatch.setattr(progress.bar, "_time", lambda: now - 10**5)
+    progress.recorded(2, {"train_loss": 1.0, "test_acc": 50.0})
+    assert "? left in all" in capsys.readouterr().out
+
+
+def test_a_divergence_names_the_weight_decay_where_there_is_one(images, tmp_path, capsys):
+    member = Member(tmp_path, Settings(epochs=1, network="small", batch_size=20, weight_decay=1e30))
+    assert not train(start_cnn(member, images), Store(member, images), images, Progress([member], 60))
+    assert "lower its learning rate or --weight_decay" in capsys.readouterr().err
