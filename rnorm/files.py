@@ -42,7 +42,9 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
     try:
         with open(temporary, "xb") as file:  # x: a new file, never one that is there or that a link leads to
             with contextlib.suppress(OSError):  # a file system may have no locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # so that `delete_leftovers` leaves it alone
+                fcntl.flock(file, fcntl.LOCK_EX)  # so that `delete_leftovers` leaves it alone
+            if not temporary.exists():  # it was not locked yet when another process looked for leftovers
+                return write_file(path, content)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -63,15 +65,12 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def delete_leftovers(directory: Path) -> None:
-    """Delete what killed processes left half-written: this user's plain files that no process is writing.
-
-    An empty one stays, as it may be locked a moment later.
-    """
+    """Delete what killed processes left half-written: this user's plain files that no process is writing."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     for path in directory.glob(".*.tmp"):
         with contextlib.suppress(OSError), open(os.open(path, flags), "rb+") as file:
             status = os.fstat(file.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_size:
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 

@@ -27,6 +27,7 @@ def pytest_configure(config):
     Nothing else that whoever runs the tests has set counts either.
     """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     os.environ.pop("RNORM_RESULTS", None)
     os.environ.pop("RNORM_DATA", None)
     if config.option.markexpr != "cuda":
