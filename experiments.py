@@ -54,7 +54,8 @@ def plan_items(members: list[Member], data: Data) -> list[Item]:
     Raises Stop for a conversion that the network does not allow.
     """
     unfinished = {member.conversion for member in members if not is_done(member)}
-    cost = {member.conversion: measure_cost(member, data, member.conversion in unfinished) for member in members[::-1]}
+    kinds = {member.conversion: member for member in members}  # one of each kind, the CNN first
+    cost = {name: measure_cost(member, data, name in unfinished) for name, member in kinds.items()}
     return [Item(member, *cost[member.conversion]) for member in members]
 
 
