@@ -83,6 +83,12 @@ def start_converted(member: Member, cnn: nn.Sequential, data: Data) -> Training:
     return Training(member, net, SGD(net, rates, member.lr, settings.momentum, settings.weight_decay))
 
 
+def start(member: Member, data: Data) -> Training:
+    """Any network of a run before its weights are read from its own files."""
+    training = start_cnn(Member(member.run, member.settings), data)
+    return training if member.is_cnn else start_converted(member, training.net, data)
+
+
 def convert_and_train(member: Member, data: Data, keep: str | None, progress: Progress) -> bool:
     """Convert the run's CNN after `member.split` epochs and train the result; returns whether its loss stays finite.
 
@@ -98,7 +104,7 @@ def convert_and_train(member: Member, data: Data, keep: str | None, progress: Pr
         store = Store(member, data, lock, keep or find_conversion(member.conversion).keep)
         training = None
         if member.history_file.exists() or store.checkpoints():  # its weights come from its own files
-            training = start_converted(member, start_cnn(cnn, data).net, data)
+            training = start(member, data)
             store.restore(training)
         if training is None or not training.history:
             tied = trained_cnn(cnn, member.split, data)
@@ -143,15 +149,12 @@ def evaluate_again(member: Member, data: Data, bar: tqdm) -> None:
     What was recorded stays, and is compared; where a checkpoint is gone, new quantities are NaN. Written whole, at the
     end. `bar` is told of every evaluation.
     """
-    cnn = Member(member.run, member.settings)
     with lock_directory(member.directory) as lock:
         history, store = load_history(member), Store(member, data, lock)
         if history is None:
             return
-        training = start_cnn(cnn, data)
-        if not member.is_cnn:
-            training = start_converted(member, training.net, data)
-        net, fast = training.net, streamline(training.net, data.image_shape)
+        net = start(member, data).net
+        fast = streamline(net, data.image_shape)
         measured = {}  # an epoch to what is recorded of it today
         for epoch in history["checkpoints"]:
             try:

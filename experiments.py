@@ -20,7 +20,7 @@ from rnorm.signals import note_signals
 if __name__ == "__main__":
     note_signals()  # torch takes seconds to import; a signal in that time must not be lost
 
-from convert import begin, convert_run, members_to_train, start_converted
+from convert import begin, convert_run, members_to_train, start
 from rnorm.data import Data
 from rnorm.fast import streamline
 from rnorm.files import Lock, lock_directory
@@ -61,12 +61,10 @@ def plan_items(members: list[Member], data: Data) -> list[Item]:
 
 def measure_cost(member: Member, data: Data, timed: bool) -> tuple[int, float, float]:
     """(parameters, seconds of a training step, seconds of an evaluation) of a network; 0 seconds if not `timed`."""
-    training, size = start_cnn(Member(member.run, member.settings), data), member.settings.batch_size
-    if not member.is_cnn:
-        try:
-            training = start_converted(member, training.net, data)
-        except ValueError as error:
-            raise Stop(f"--convert_to {member.conversion}: {error}") from None
+    try:
+        training, size = start(member, data), member.settings.batch_size
+    except ValueError as error:
+        raise Stop(f"--convert_to {member.conversion}: {error}") from None
     parameters = sum(parameter.numel() for parameter in training.net.parameters())
     if not timed:
         return parameters, 0.0, 0.0

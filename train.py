@@ -97,9 +97,10 @@ class SGD:
                 updates = velocities
             torch._foreach_sub_(weights, updates, alpha=self.factor * rate)
 
-    def numbered(self) -> list[int]:
-        """The parameters' numbers in the order of `torch.optim.SGD`, which is that of the groups."""
-        return [i for group in self.groups.values() for i in group]
+    def numbered_velocities(self) -> dict[int, Tensor]:
+        """The velocities by the numbers that `torch.optim.SGD` gives the parameters, group by group."""
+        order = [i for group in self.groups.values() for i in group]
+        return {n: self.velocities[i] for n, i in enumerate(order) if i in self.velocities}
 
     def state_dict(self) -> dict:
         """As that of `torch.optim.SGD` with a group for each rate; a copy, on the CPU."""
@@ -109,15 +110,15 @@ class SGD:
             numbers, decay = list(range(count, count + len(group))), self.weight_decay * (self.lr / rate)
             groups.append({"lr": rate, "momentum": self.momentum, "weight_decay": decay, **off, "fused": None})
             groups[-1]["params"], count = numbers, count + len(group)
-        buffers = {n: self.velocities[i] for n, i in enumerate(self.numbered()) if i in self.velocities}
-        return {"state": {n: {"momentum_buffer": copied(v)} for n, v in buffers.items()}, "param_groups": groups}
+        buffers = {n: {"momentum_buffer": copied(v)} for n, v in self.numbered_velocities().items()}
+        return {"state": buffers, "param_groups": groups}
 
     def load_state_dict(self, state: dict) -> None:
         """Take the velocities of a state dict; 0 where it has none."""
-        for n, i in enumerate(self.numbered()):
-            if i in self.velocities:
-                saved = state["state"].get(n)
-                self.velocities[i].copy_(saved["momentum_buffer"]) if saved else self.velocities[i].zero_()
+        for n, velocity in self.numbered_velocities().items():
+            velocity.zero_()
+            if n in state["state"]:
+                velocity.copy_(state["state"][n]["momentum_buffer"])
 
 
 def sgd_step(net: nn.Module, sgd: SGD, x: Tensor, y: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ class Training:
 
     def check_state(self, state: dict) -> None:
         """Raise Damaged, or what Python raises, unless `load_state` can take the state."""
-        buffers = {n: self.sgd.velocities[i] for n, i in enumerate(self.sgd.numbered()) if i in self.sgd.velocities}
+        buffers = self.sgd.numbered_velocities()
         saved = state["optimizer"]["state"] if buffers else {}
         if saved.keys() != buffers.keys() and (saved or state["epoch"] or state["step"]):
             raise ValueError("other parameters have a velocity")

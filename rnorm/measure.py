@@ -49,14 +49,14 @@ def multiclass_margins(logits: Tensor, y: Tensor) -> Tensor:
     return logits.gather(1, y[:, None])[:, 0] - others.max(1).values
 
 
-def weighted_layers(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tuple[int, nn.Module, int]]:
-    """(index, layer, how often the norms count its weights) for every layer with weights.
+def weighted_layers(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tuple[int, nn.Module, int, tuple]]:
+    """(index, layer, how often the norms count its weights, its input's shape) for every layer with weights.
 
     A convolution's filters count once per output position, as in the untied network of the same function.
     """
     shapes = layer_shapes(net, image_shape)
     return [
-        (i, layer, math.prod(shapes[i + 1][1:]) if isinstance(layer, nn.Conv2d) else 1)
+        (i, layer, math.prod(shapes[i + 1][1:]) if isinstance(layer, nn.Conv2d) else 1, shapes[i])
         for i, layer in enumerate(net)
         if isinstance(getattr(layer, "weight", None), Tensor)
     ]
@@ -65,14 +65,13 @@ def weighted_layers(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tu
 def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:
     """All norms of a network's weights, the `untied` keys, and `nonlocal` of an eFCN; biases do not count."""
     norm = log_prod_norm = log_prod_spectral = 0.0
-    shapes = layer_shapes(net, image_shape)
     deviation, total, outside, untied = 0.0, 0.0, 0.0, {}
     fully_connected = False
-    for i, layer, count in weighted_layers(net, image_shape):
+    for i, layer, count, input_shape in weighted_layers(net, image_shape):
         squared = count * _squared(layer.weight)
         norm += squared
         log_prod_norm += 0.5 * math.log(squared) if squared > 0 else -math.inf
-        log_prod_spectral += math.log(operator_norm(layer, shapes[i])) if squared > 0 else -math.inf
+        log_prod_spectral += math.log(operator_norm(layer, input_shape)) if squared > 0 else -math.inf
         if isinstance(layer, nn.Conv2d):
             untied[f"untied_{i}"] = 0.0
             continue

@@ -1,5 +1,6 @@
 """What a command will train and write: the networks, the time and the disk space that are still to come."""
 
+import functools
 import json
 import math
 import os
@@ -29,11 +30,11 @@ class Item:
     step: float  # seconds of a training step, a batch
     evaluation: float  # seconds of an evaluation
 
-    @property
+    @functools.cached_property
     def evaluated(self) -> list[int]:
         return (good_history(self.member) or {"checkpoints": []})["checkpoints"]
 
-    @property
+    @functools.cached_property
     def ended(self) -> bool:
         return is_done(self.member)
 

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from rnorm.files import Damaged, Lock, is_out_of_memory, set_aside, write_file
 from rnorm.history import History, by_epoch, check_history, completed, has_diverged, has_ended
 from rnorm.layers import LocallyConnected2d
 from rnorm.runs import Member
-
-if TYPE_CHECKING:  # the package does not need the scripts above it
-    from train import Training
 
 SAVE_EVERY = 30.0  # seconds of work that a killed process can lose
 PREFIX = "net."  # of the keys of a CNN's weights in the files, as in those of the released code
@@ -131,6 +128,19 @@ def past_divergence(member: Member) -> bool:
     return cnn is not None and has_diverged(cnn) and not member.is_cnn and member.split >= cnn["checkpoints"][-1]
 
 
+class Training(Protocol):
+    """What a store needs of a network in training; train.py has it."""
+
+    net: nn.Sequential
+    epoch: int
+    step: int
+    history: History
+
+    def state(self) -> dict: ...
+    def check_state(self, state: dict) -> None: ...
+    def load_state(self, state: dict) -> None: ...
+
+
 class Store:
     """The files of one network.
 
@@ -154,7 +164,7 @@ class Store:
         self.saved_at = time.monotonic()
         self.writer, self.writing = ThreadPoolExecutor(1), None
 
-    def _state(self, training: "Training") -> dict:
+    def _state(self, training: Training) -> dict:
         return {"weights": to_file(training.net), **training.state(), "identity": self.identity}
 
     def _write(self, write: Callable[[], None]) -> None:
@@ -177,19 +187,19 @@ class Store:
             self.lock.check()
         save(content, path)
 
-    def save_latest(self, training: "Training") -> None:
+    def save_latest(self, training: Training) -> None:
         """Save the unfinished network, unless it is on disk as it stands or has not been evaluated yet."""
         self.saved_at = time.monotonic()
         if training.history and self.on_disk != (training.epoch, training.step):
             state, self.on_disk = self._state(training), (training.epoch, training.step)
             self._write(lambda: self._save(state, self.member.latest_file))
 
-    def save_soon(self, training: "Training") -> None:
+    def save_soon(self, training: Training) -> None:
         """`save_latest`, if the last time was SAVE_EVERY seconds ago."""
         if time.monotonic() - self.saved_at > SAVE_EVERY:
             self.save_latest(training)
 
-    def record(self, training: "Training") -> None:
+    def record(self, training: Training) -> None:
         """Write checkpoint and history of a network just evaluated, and delete what is no longer needed."""
         state, self.on_disk, self.saved_at = self._state(training), (training.epoch, training.step), time.monotonic()
 
@@ -204,7 +214,7 @@ class Store:
         """Write the history alone."""
         self._save(history, self.member.history_file)
 
-    def record_divergence(self, training: "Training") -> None:
+    def record_divergence(self, training: Training) -> None:
         """Write the history of a network that diverged; there is no checkpoint of that epoch."""
         self.wait()
         self.write_history(training.history)
@@ -229,7 +239,7 @@ class Store:
         except (Damaged, OSError):
             return False
 
-    def restore(self, training: "Training") -> None:
+    def restore(self, training: Training) -> None:
         """Continue from the newest good state on disk, if there is any; damaged files met on the way are set aside.
 
         A network whose history has ended stays so, whichever of its checkpoints are missing; its weights are not read.
@@ -255,7 +265,7 @@ class Store:
         if training.history:
             self._tidy(training.history)
 
-    def restore_before(self, training: "Training", epoch: int) -> None:
+    def restore_before(self, training: Training, epoch: int) -> None:
         """Continue from the newest good checkpoint at or before `epoch`; the start, if there is none."""
         for found in sorted(self.checkpoints(), reverse=True):
             if found <= epoch and (state := self._read(self.member.checkpoint(found), training)):
@@ -267,12 +277,12 @@ class Store:
         name = re.compile(re.escape(self.member.stem) + r"_(0|[1-9]\d{0,5})\.pyT")
         return [int(match[1]) for path in self.member.directory.glob("*.pyT") if (match := name.fullmatch(path.name))]
 
-    def _take(self, state: dict, training: "Training") -> None:
+    def _take(self, state: dict, training: Training) -> None:
         training.net.load_state_dict(from_file(state))
         training.load_state(state)
         self.on_disk = (training.epoch, training.step)
 
-    def _read(self, path: Path, training: "Training") -> dict | None:
+    def _read(self, path: Path, training: Training) -> dict | None:
         """The state in `path`; None if there is none, or no good one, which is set aside if it is damaged."""
         try:
             state = load(path)
@@ -293,7 +303,7 @@ class Store:
             if isinstance(identity, dict) and key in identity and identity[key] != value:
                 raise Damaged(f"it is of a run with {key} {identity[key]}")
 
-    def _check(self, state: dict, path: Path, training: "Training") -> None:
+    def _check(self, state: dict, path: Path, training: Training) -> None:
         """Raise Damaged unless the network can be continued from the state that was loaded from `path`."""
         self._check_identity(state)
         check_weights(training.net, state)
