@@ -23,7 +23,8 @@ KEYS = (
     "multiclass_margin_train", "multiclass_margin_train_min", "multiclass_margin_train_p10", "norm", "log_prod_norm",
     "norm_margin_normalized", "log_prod_norm_normalized", "log_prod_spectral", "log_path1", "log_path2", "untied",
 )  # fmt: skip
-"""The keys of every history. `untied_<layer>` follow, one for each convolution, by its index in the network.
+"""The keys of every history. `log_frobenius_<layer>` follow, by the layer's index in the network, and of convolutions
+`untied_<layer>`.
 
 Besides: `train_top5_acc` and `test_top5_acc`, with more than 10 classes; `nonlocal`, of an eFCN.
 """
@@ -64,13 +65,13 @@ def weighted_layers(net: nn.Sequential, image_shape: tuple[int, ...]) -> list[tu
 
 def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:
     """All norms of a network's weights, the `untied` keys, and `nonlocal` of an eFCN; biases do not count."""
-    norm = log_prod_norm = log_prod_spectral = 0.0
-    deviation, total, outside, untied = 0.0, 0.0, 0.0, {}
+    norm = log_prod_spectral = 0.0
+    deviation, total, outside, untied, frobenius = 0.0, 0.0, 0.0, {}, {}
     fully_connected = False
     for i, layer, count, input_shape in weighted_layers(net, image_shape):
         squared = count * _squared(layer.weight)
         norm += squared
-        log_prod_norm += 0.5 * math.log(squared) if squared > 0 else -math.inf
+        frobenius[f"log_frobenius_{i}"] = 0.5 * math.log(squared) if squared > 0 else -math.inf
         log_prod_spectral += math.log(operator_norm(layer, input_shape)) if squared > 0 else -math.inf
         if isinstance(layer, nn.Conv2d):
             untied[f"untied_{i}"] = 0.0
@@ -92,9 +93,9 @@ def norms(net: nn.Sequential, image_shape: tuple[int, ...]) -> dict[str, float]:
     if fully_connected:
         untied["nonlocal"] = outside / total if total > 0 else 0.0
     return {
-        "norm": norm, "log_prod_norm": log_prod_norm, "log_prod_spectral": log_prod_spectral,
+        "norm": norm, "log_prod_norm": sum(frobenius.values(), 0.0), "log_prod_spectral": log_prod_spectral,
         "log_path1": path_norm(net, image_shape, 1), "log_path2": path_norm(net, image_shape, 2),
-        "untied": _root_ratio(deviation, total), **untied,
+        "untied": _root_ratio(deviation, total), **untied, **frobenius,
     }  # fmt: skip
 
 
