@@ -39,6 +39,8 @@ def test_norms_count_a_convolution_once_per_position_and_no_bias():
     values = norms(one_convolution(), (1, 2, 3))
     assert values["norm"] == pytest.approx(6 * 4 + 12)  # six positions with weight 2, twelve weights of size 1
     assert values["log_prod_norm"] == pytest.approx(math.log(math.sqrt(24)) + math.log(math.sqrt(12)))
+    assert values["log_frobenius_0"] == pytest.approx(math.log(math.sqrt(24)))
+    assert values["log_frobenius_2"] == pytest.approx(math.log(math.sqrt(12)))
     assert values["untied"] == values["untied_0"] == 0
 
 
@@ -143,6 +145,8 @@ def test_of_a_converted_network_the_same_is_recorded(conversion):
     converted = find_conversion(conversion).convert(cnn, IMAGE)
     data = Data(x[:25], y[:25], x[25:], y[25:], 10, "")
     values, expected = (evaluate(net, net, data) for net in (converted, cnn))
+    layers, cnn_layers = ([one.pop(key) for key in [*one] if "frobenius" in key] for one in (values, expected))
+    assert layers == pytest.approx(cnn_layers, rel=1e-9)  # an eFCN numbers its layers anew
     more = {"untied_2": 0, "untied_8": 0, "nonlocal": 0} if conversion == "fc" else {}
     expected = {key: value for key, value in expected.items() if key in values} | more
     spectral = values.pop("log_prod_spectral")  # by power iteration
