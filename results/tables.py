@@ -166,18 +166,18 @@ def at_equal_loss(networks: Networks) -> str:
 
 
 def other_norms(networks: Networks) -> str:
-    """At the CNN's checkpoints, where all norms were measured again; the eLCN's are interpolated to that loss."""
+    """At the CNN's checkpoints, where all norms were measured again; the others' are interpolated to that loss."""
     rows = []
     for name in networks:
-        for epoch in CHECKPOINTS if name.startswith("eLCN") else ():
+        for epoch in CHECKPOINTS if split_of(name) and not is_single_layer(name) else ():
             for margin, title in MARGINS.items():
                 differences: dict[str, list[float]] = {key: [] for key in NORMS}
                 for seed in sorted(networks[name].keys() & networks["CNN"].keys()):
                     cnn = at_epoch(with_margin(networks["CNN"][seed], margin), epoch)
-                    elcn = at_loss(with_margin(networks[name][seed], margin), cnn["train_loss"]) if cnn else None
+                    other = at_loss(with_margin(networks[name][seed], margin), cnn["train_loss"]) if cnn else None
                     for key in NORMS:
-                        if elcn and np.isfinite(elcn.get(key, np.nan) - cnn.get(key, np.nan)):
-                            differences[key].append(elcn[key] - cnn[key])
+                        if other and np.isfinite(other.get(key, np.nan) - cnn.get(key, np.nan)):
+                            differences[key].append(other[key] - cnn[key])
                 if any(differences.values()):
                     row = {"network": name, "CNN's epoch": str(epoch), "relative to": title}
                     for key, short in NORMS.items():
@@ -189,6 +189,31 @@ def other_norms(networks: Networks) -> str:
         "brackets the number of seeds."
     )
     return as_table("Other norms and other margins", note, rows)
+
+
+def growth(networks: Networks) -> str:
+    """By which layers a network's norm has grown since the split; the CNN's since epoch 28."""
+    rows, level, layer = [], 0.15, "log_frobenius_"
+    for name, seeds in networks.items():
+        changes: dict[str, list[float]] = {}
+        for values in seeds.values():
+            start, end = at_epoch(values, 0 if split_of(name) else 28), at_loss(values, level)
+            layers = [key for key in values if key.startswith(layer) and not key.endswith("_normalized")]
+            if start and end and layers and np.isfinite([end[key] - start[key] for key in layers]).all():
+                for key in (*layers, "log_prod_norm"):
+                    changes.setdefault(key, []).append(end[key] - start[key])
+                changes.setdefault("margin", []).append(np.log(end["margin"] / start["margin"]))
+        if changes:
+            row = {"network": name if split_of(name) else "CNN since 28", "seeds": str(len(changes["margin"]))}
+            for key, found in changes.items():
+                title = {"log_prod_norm": "all layers: ln of the product", "margin": "ln of the published margin"}
+                row[title.get(key, key.replace(layer, "layer "))] = interval(found, 3, 0, "+")
+            rows.append(row)
+    note = (
+        f"ln of the layers' Frobenius norms at train loss {level}, minus that of the CNN at the split. Layer 13 is the "
+        "last one, which is never untied. The norm is the product's logarithm minus the margin's."
+    )
+    return as_table("Which layers grow", note, rows)
 
 
 def first_epoch(networks: Networks) -> str:
@@ -271,7 +296,7 @@ def how_far(networks: Networks) -> str:
 
 
 TABLES = (
-    paper_against_here, at_equal_loss, other_norms, first_epoch, single_layers, at_equal_epochs, how_far
+    paper_against_here, at_equal_loss, other_norms, growth, first_epoch, single_layers, at_equal_epochs, how_far
 )  # fmt: skip
 
 
