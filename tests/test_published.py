@@ -76,6 +76,17 @@ def test_a_first_epoch_is_compared_with_the_mean_of_the_cnns_around_the_split(ru
     assert row["test accuracy: CNN at the split; its range"] == "+0.00; 2.00"
 
 
+def test_growth_is_counted_from_the_split_layer_by_layer(runs, capsys):
+    """ln 0.15 = -1.897: the eLCN after 1.897 epochs, where its margin has risen from 1.5 to 3.397."""
+    settings, own = Settings(epochs=10, splits=(2,)), np.arange(10.0)
+    losses, layers = {"train_loss": np.exp(-own)}, {"log_frobenius_1": own / 2, "log_frobenius_3": 0 * own}
+    put(runs / settings.run_name, settings, "lc", 2, 10, **losses, **layers)
+    assert rows_of(capsys, "Which layers grow", runs) == [{
+        "network": "eLCN from 2", "seeds": "1", "layer 1": "+0.949", "layer 3": "+0.000",
+        "all layers: ln of the product": "+1.897", "ln of the published margin": "+0.817",
+    }]  # fmt: skip
+
+
 def test_a_norm_that_was_not_recorded_is_called_so(capsys):
     rows = rows_of(capsys, "Other norms and other margins")
     assert any(row["spectral"] == "not recorded" for row in rows)
