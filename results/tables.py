@@ -26,7 +26,7 @@ NORMS = {NORM: "Frobenius", "log_prod_spectral_normalized": "spectral", "log_pat
          "log_path2_normalized": "L2 path"}  # fmt: skip
 MARGINS = {"published": "published margin", "multiclass": "multiclass margin, test images",
            "multiclass_margin_train_p10": "10th percentile of the multiclass margins, training images"}  # fmt: skip
-CHECKPOINTS = (49, 85)  # of the CNN, with which other norms are compared
+CHECKPOINTS = (49, 85, 95)  # epochs of the CNN, with which other norms are compared; of seed 0, 95 has none
 LEVELS = (0.35, 0.15, 0.04, 0.01)  # of the train loss
 OWN_EPOCHS, CNN_EPOCHS = (1, 10, 30, 67, 150), (1, 9, 28, 29, 67, 85, 150)
 AROUND = 4  # epochs of the CNN before and after a split, whose mean a network's first epoch is compared with
@@ -169,7 +169,9 @@ def other_norms(networks: Networks) -> str:
     """At the CNN's checkpoints, where all norms were measured again; the others' are interpolated to that loss."""
     rows = []
     for name in networks:
-        for epoch in CHECKPOINTS if split_of(name) and not is_single_layer(name) else ():
+        if not split_of(name) or is_single_layer(name):
+            continue
+        for epoch in (epoch for epoch in CHECKPOINTS if epoch > int(split_of(name))):
             for margin, title in MARGINS.items():
                 differences: dict[str, list[float]] = {key: [] for key in NORMS}
                 for seed in sorted(networks[name].keys() & networks["CNN"].keys()):
