@@ -197,20 +197,18 @@ def growth(networks: Networks) -> str:
     """By which layers a network's norm has grown since the split; the CNN's since epoch 28."""
     rows, level, layer = [], 0.15, "log_frobenius_"
     for name, seeds in networks.items():
-        changes: dict[str, list[float]] = {}
+        found = []
         for values in seeds.values():
             start, end = at_epoch(values, 0 if split_of(name) else 28), at_loss(values, level)
             layers = [key for key in values if key.startswith(layer) and not key.endswith("_normalized")]
             if start and end and layers and np.isfinite([end[key] - start[key] for key in layers]).all():
-                for key in (*layers, "log_prod_norm"):
-                    changes.setdefault(key, []).append(end[key] - start[key])
-                changes.setdefault("margin", []).append(np.log(end["margin"] / start["margin"]))
-        if changes:
-            row = {"network": name if split_of(name) else "CNN since 28", "seeds": str(len(changes["margin"]))}
-            for key, found in changes.items():
-                title = {"log_prod_norm": "all layers: ln of the product", "margin": "ln of the published margin"}
-                row[title.get(key, key.replace(layer, "layer "))] = interval(found, 3, 0, "+")
-            rows.append(row)
+                changes = {f"layer {key.removeprefix(layer)}": end[key] - start[key] for key in layers}
+                changes["all layers: ln of the product"] = end["log_prod_norm"] - start["log_prod_norm"]
+                changes["ln of the published margin"] = np.log(end["margin"] / start["margin"])
+                found.append(changes)
+        if found:
+            row = {"network": name if split_of(name) else "CNN since 28", "seeds": str(len(found))}
+            rows.append(row | {key: interval((changes[key] for changes in found), 3, 0, "+") for key in found[0]})
     note = (
         f"ln of the layers' Frobenius norms at train loss {level}, minus that of the CNN at the split. Layer 13 is the "
         "last one, which is never untied. The norm is the product's logarithm minus the margin's."
