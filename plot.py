@@ -359,7 +359,7 @@ def accuracies(margins: list[Margins]) -> str:
         if one is not first and one.data_sha256 == first.data_sha256:
             apart = 100 * (one.right.astype(float) - first.right)  # image by image
             error = apart.std(ddof=1) / math.sqrt(len(apart))
-            lines[-1] += f", {apart.mean():+.2f} ± {error:.2f} against the first (paired, {len(apart)} images)"
+            lines[-1] += f", {apart.mean():+.2f} against the first (paired standard error {error:.2f})"
     return "\n".join([*lines, ""])
 
 

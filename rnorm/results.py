@@ -186,7 +186,8 @@ def table(groups: list[list[Curve]], margin: str) -> str:
             for key, (title, form) in TABULATED.items():
                 row[title] = spread([curve.values[key][length - 1] if length else math.nan for curve in curves], form)
             rows.append(row)
-    return f"{aligned(rows)}\nNorms are relative to the {margin} margin.\n"
+    text, over_seeds = aligned(rows), " ± is the standard deviation over seeds."
+    return f"{text}\nNorms are relative to the {margin} margin.{over_seeds if '±' in text else ''}\n"
 
 
 def best(groups: list[list[Curve]]) -> str:

@@ -408,7 +408,7 @@ def test_two_test_accuracies_are_compared_image_by_image_worked_by_hand():
     right = [np.array(bits, bool) for bits in ([1, 0, 0, 1], [1, 1, 0, 1])]
     a, b = (plot.Margins(name, right[0], right[0], bits, "same") for name, bits in zip("ab", right))
     assert plot.accuracies([a, b]).splitlines() == [
-        "a: test accuracy 50.00", "b: test accuracy 75.00, +25.00 ± 25.00 against the first (paired, 4 images)"
+        "a: test accuracy 50.00", "b: test accuracy 75.00, +25.00 against the first (paired standard error 25.00)"
     ]  # fmt: skip
     assert "against" not in plot.accuracies([a, b._replace(data_sha256="other")])
 

@@ -148,7 +148,8 @@ def test_the_table_has_mean_and_deviation_and_what_differs_between_runs(tmp_path
     assert len({len(line) for line in lines[:10]}) == 1 and set(lines[1]) == set("|- ")
     elcn = [cell.strip() for cell in lines[4].split("|")]
     assert elcn[1:8] == ["cnn_lr=0.05", "eLCN", "2", "4 of 4", "2", "55.00 ± 1.41", "64.00 ± 0.00"]
-    assert elcn[8] == f"{14 - math.log(5.5):.3f} ± 0.000"
+    assert elcn[8] == f"{14 - math.log(5.5):.3f} ± 0.000" and "± is the standard deviation over seeds" in lines[-1]
+    assert "±" not in table(grouped(read(runs[0]), "published"), "published")
 
 
 def test_csv_holds_all_settings_and_everything_recorded(tmp_path):
