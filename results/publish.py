@@ -3,9 +3,8 @@
     python results/publish.py RUN ...
 
 Takes every history and config.json without the path of the data. With a copy of the run anyone can go on: it has the
-CNN's checkpoints at the splits that networks were converted at, of seed 0 at all, and of networks that are not complete
-the last one, 0.6 MB each. An unfinished eLCN, of 31 MB, starts again at its split. A run that is published already is
-replaced, once all copies are made.
+CNN's checkpoints at its splits and its last, and the last of networks that are not complete, 0.6 MB each. An unfinished
+eLCN, of 31 MB, starts again at its split. A run that is published already is replaced, once all copies are made.
 """
 
 import os
@@ -36,12 +35,11 @@ def copy_run(run: Path, copy: Path) -> None:
     copy.mkdir()
     write_config(copy, settings, {key: config[key] for key in config if key not in ("settings", "dataset_file")})
     cnn, converted = Member(run, settings), converted_members(run, settings)
-    splits = settings.split_epochs if settings.seed == 0 else [member.split for member in converted]
-    files = [cnn.checkpoint(split) for split in splits]
+    files = [cnn.checkpoint(split) for split in settings.split_epochs]
     for member in (cnn, *converted):
         files.append(member.history_file)
         history = good_history(member)
-        if history and not has_ended(history, member):
+        if history and (member.is_cnn or not has_ended(history, member)):
             files.append(member.checkpoint(history["checkpoints"][-1]))
     for file in dict.fromkeys(files):
         if file.exists() and file.stat().st_size < LARGE:
