@@ -299,8 +299,10 @@ def label_of(key: str) -> str:
 
 def set_y_axes(column: np.ndarray, panel: str) -> None:
     """The label and the common range of the panels of one quantity, once its lines are drawn."""
-    points = [visible(line) for ax in column for line in ax.lines]
-    column[0].set_ylim(range_of(points, column[0].xaxis.get_transform()))
+    curves, rings = [], []
+    for line in (line for ax in column for line in ax.lines):
+        (rings if line.get_label() == "published" else curves).append(visible(line))
+    column[0].set_ylim(range_of(curves, rings, column[0].xaxis.get_transform()))
     for ax in column:
         ax.set_ylabel(label_of(panel))
         if not any(visible(line).size for line in ax.lines):
@@ -314,13 +316,15 @@ def visible(line: Line2D) -> np.ndarray:
     return points[:, np.isfinite(points).all(0)]
 
 
-def range_of(lines: list[np.ndarray], along: Transform) -> tuple[float, float]:
-    """The range of what most of each line holds, and its end; lines are (2, points), `along` the scale of their axis.
+def range_of(curves: list[np.ndarray], rings: list[np.ndarray], along: Transform) -> tuple[float, float]:
+    """The range of all rings, of what most of each curve holds, and of its end; each is (2, points).
 
-    A few first epochs, or a jump of the loss, count only where they widen the range by little.
+    A few first epochs, or a jump of the loss, count only where they widen the range by little. `along` is the scale of
+    the x axis.
     """
-    core, whole = [], []
-    for x, y in lines:
+    core = [value for _, y in rings for value in y]
+    whole = [*core]
+    for x, y in curves:
         if len(x):
             length = np.abs(np.diff(along.transform(x), prepend=along.transform(x[:1]))).cumsum()  # along the axis
             even = np.interp(np.linspace(0, length[-1], 300), length, y)

@@ -15,6 +15,7 @@ from fake_runs import history, make_run, put
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.image import imread
 from matplotlib.text import Text
+from matplotlib.transforms import IdentityTransform
 
 import plot
 from rnorm.store import save
@@ -229,6 +230,13 @@ def test_all_published_points_of_the_networks_drawn_are_rings_on_a_logarithmic_a
     other = figure(run, "--margin", "multiclass", "--reference", REFERENCE, "--title", "Mine")
     counts = [sum("published" in name for name in lines_of(ax)) for ax in other.axes]
     assert counts == [0, 2, 2] and other.get_suptitle() == "Mine, multiclass margin"
+
+
+def test_a_jump_here_does_not_cut_off_a_published_one():
+    x = np.arange(100)
+    curve, rings = (np.array([x, np.where(x == 60, top, 12)]) for top in (99, 14))
+    along = IdentityTransform()
+    assert plot.range_of([curve, rings], [], along)[1] < 14 < plot.range_of([curve], [rings], along)[1] < 20
 
 
 def test_runs_with_other_settings_have_no_rings(tmp_path, capsys):
