@@ -299,9 +299,9 @@ def label_of(key: str) -> str:
 
 def set_y_axes(column: np.ndarray, panel: str) -> None:
     """The label and the common range of the panels of one quantity, once its lines are drawn."""
-    curves, rings = [], []
-    for line in (line for ax in column for line in ax.lines):
-        (rings if line.get_label() == "published" else curves).append(visible(line))
+    lines = [line for ax in column for line in ax.lines]
+    curves = [visible(line) for line in lines if line.get_label() != "published"]
+    rings = [visible(line) for line in lines if line.get_label() == "published"]
     column[0].set_ylim(range_of(curves, rings, column[0].xaxis.get_transform()))
     for ax in column:
         ax.set_ylabel(label_of(panel))

@@ -186,8 +186,8 @@ def table(groups: list[list[Curve]], margin: str) -> str:
             for key, (title, form) in TABULATED.items():
                 row[title] = spread([curve.values[key][length - 1] if length else math.nan for curve in curves], form)
             rows.append(row)
-    text, over_seeds = aligned(rows), " ± is the standard deviation over seeds."
-    return f"{text}\nNorms are relative to the {margin} margin.{over_seeds if '±' in text else ''}\n"
+    text = f"{aligned(rows)}\nNorms are relative to the {margin} margin."
+    return text + (" ± is the standard deviation over seeds.\n" if "±" in text else "\n")
 
 
 def best(groups: list[list[Curve]]) -> str:
