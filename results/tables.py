@@ -306,8 +306,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there as well")
     args = parser.parse_args(argv)
     parts = [f"# Tables\nPrinted by `python results/tables.py`.\n\n{__doc__.partition('Prints markdown. ')[2]}"]
-    for networks in networks_of(args.runs).values():
-        parts += [table for make in TABLES if (table := make(networks))]
+    groups = networks_of(args.runs)
+    for (settings, _), networks in groups.items():
+        parts += [f"# {settings.run_name}\n"] if len(groups) > 1 else []
+        for make in TABLES:
+            comparable = make is not paper_against_here or not settings.shuffle  # the paper's runs keep one order
+            parts += [table] if comparable and (table := make(networks)) else []
     text = "\n".join(parts)
     print(text, end="")
     if args.out:

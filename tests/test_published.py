@@ -87,6 +87,16 @@ def test_growth_is_counted_from_the_split_layer_by_layer(runs, capsys):
     }]  # fmt: skip
 
 
+def test_shuffled_runs_have_tables_of_their_own(tmp_path, capsys):
+    """And none of the paper's figure, whose runs keep one order of the images."""
+    make_run(tmp_path, cnn_epochs=150)
+    shuffled = make_run(tmp_path, cnn_epochs=150, shuffle=True)
+    assert tables.main([str(tmp_path)]) == 0
+    *_, fixed, last = capsys.readouterr().out.split("\n# ")
+    assert last.startswith(shuffled.name) and "## At equal epochs" in last
+    assert "## Paper against here" in fixed and "## Paper against here" not in last
+
+
 def test_a_norm_that_was_not_recorded_is_called_so(capsys):
     rows = rows_of(capsys, "Other norms and other margins")
     assert any(row["spectral"] == "not recorded" for row in rows)
