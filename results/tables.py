@@ -110,6 +110,11 @@ def interval(values: Iterable[float], digits: int, error: float = 0, sign: str =
     return f"{text} ± {half:.{digits}f}" if half else text
 
 
+def with_seeds(differences: list[float], digits: int) -> str:
+    """Their mean and interval, and in brackets the number of seeds."""
+    return f"{interval(differences, digits, 0, '+')} ({len(differences)})" if differences else "not recorded"
+
+
 def as_table(title: str, note: str, rows: list[dict[str, str]]) -> str:
     """A heading, a sentence and a markdown table; "" without rows."""
     if not rows:
@@ -183,8 +188,7 @@ def other_norms(networks: Networks) -> str:
                 if any(differences.values()):
                     row = {"network": name, "CNN's epoch": str(epoch), "relative to": title}
                     for key, short in NORMS.items():
-                        seeds = f" ({len(differences[key])})" if differences[key] else "not recorded"
-                        row[short] = interval(differences[key], 2, 0, "+") + seeds
+                        row[short] = with_seeds(differences[key], 2)
                     rows.append(row)
     note = (
         "ln(norm / margin) of the network minus that of the CNN after these epochs, at the CNN's train loss then; in "
@@ -256,11 +260,14 @@ def single_layers(networks: Networks) -> str:
     for name in networks:
         control, level = f"tied{name[2:]}", 0.32
         if name.startswith("lc") and control in networks:
-            norms = apart(networks, name, control, level, NORM)
             accuracies = interval(apart(networks, name, control, level, "test_acc"), 2, PAIRED, "+")
-            row = {"network": name, "control": control, "train loss": str(level), "seeds": str(len(norms))}
-            rows.append(row | {"norm": interval(norms, 3, 0, "+"), "test accuracy": accuracies})
-    note = "One convolution untied, by its index, minus its control, at one train loss."
+            norms = {short: with_seeds(apart(networks, name, control, level, key), 3) for key, short in NORMS.items()}
+            row = {"network": name, "control": control, "train loss": str(level)}
+            rows.append(row | norms | {"test accuracy": accuracies})
+    note = (
+        "One convolution untied, by its index, minus its control, at one train loss. Norms: ln(norm / published "
+        "margin); in brackets the number of seeds."
+    )
     return as_table("Single layers", note, rows)
 
 
