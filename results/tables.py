@@ -208,6 +208,7 @@ def growth(networks: Networks) -> str:
             if start and end and layers and np.isfinite([end[key] - start[key] for key in layers]).all():
                 changes = {f"layer {key.removeprefix(layer)}": end[key] - start[key] for key in layers}
                 changes["all layers: ln of the product"] = end["log_prod_norm"] - start["log_prod_norm"]
+                changes["the same of operator norms"] = end["log_prod_spectral"] - start["log_prod_spectral"]
                 changes["ln of the published margin"] = np.log(end["margin"] / start["margin"])
                 found.append(changes)
         if found:
