@@ -36,13 +36,12 @@ ONE, PAIRED = 0.44, 0.40  # standard errors in points: of a test accuracy; of a 
 Networks = dict[str, dict[int, Values]]  # a network's name, such as "eLCN from 28", to its seeds' evaluations
 
 
-def networks_of(runs: list[Path]) -> dict[tuple, Networks]:
+def networks_of(curves: list[Curve]) -> dict[tuple, Networks]:
     """What runs recorded, by the settings and data of the CNN; in each the networks by name and seed, CNN first.
 
     A name has the learning rate where it is not 0.01: "eLCN at 0.05 from 28".
     """
     groups: dict[tuple, Networks] = {}
-    curves = sum(grouped(read_curves(runs, None, None), "published"), [])
     for curve in sorted(curves, key=place):
         settings = dataclasses.replace(curve.member.settings, seed=0, lc_lr=0.01)
         seeds = groups.setdefault((settings, curve.data_sha256), {}).setdefault(name_of(curve), {})
@@ -124,10 +123,12 @@ def as_table(title: str, note: str, rows: list[dict[str, str]]) -> str:
     return "\n".join([f"## {title}", note, "", *lines, ""])
 
 
-def paper_against_here(networks: Networks) -> str:
-    rows = []
+def paper_against_here(curves: list[Curve]) -> str:
+    """Of the runs with the paper's settings and data, seed 0."""
+    found = [curve for curve in curves if curve.is_published and curve.member.settings.seed == 0]
+    seed_0, rows = {curve.member.label: curve.values for curve in found}, []
     for curve in read_reference(HERE / "published_figure.csv"):
-        here = networks.get(curve.member.label, {}).get(0, {"checkpoints": []})
+        here = seed_0.get(curve.member.label, {"checkpoints": []})
         epochs, i, j = np.intersect1d(here["checkpoints"], curve.own_epochs, return_indices=True)
         if not len(epochs):
             continue
@@ -303,9 +304,7 @@ def how_far(networks: Networks) -> str:
     return as_table("What was run", note, rows)
 
 
-TABLES = (
-    paper_against_here, at_equal_loss, other_norms, growth, first_epoch, single_layers, at_equal_epochs, how_far
-)  # fmt: skip
+TABLES = (at_equal_loss, other_norms, growth, first_epoch, single_layers, at_equal_epochs, how_far)
 
 
 def main(argv: list[str]) -> int:
@@ -313,13 +312,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", type=Path, nargs="*", default=[HERE / "published"], metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there as well")
     args = parser.parse_args(argv)
+    curves = sum(grouped(read_curves(args.runs, None, None), "published"), [])
     parts = [f"# Tables\nPrinted by `python results/tables.py`.\n\n{__doc__.partition('Prints markdown. ')[2]}"]
-    groups = networks_of(args.runs)
+    parts += [table] if (table := paper_against_here(curves)) else []
+    groups = networks_of(curves)
     for (settings, _), networks in groups.items():
         parts += [f"# {settings.run_name}\n"] if len(groups) > 1 else []
-        for make in TABLES:
-            comparable = make is not paper_against_here or not settings.shuffle  # the paper's runs keep one order
-            parts += [table] if comparable and (table := make(networks)) else []
+        parts += [table for make in TABLES if (table := make(networks))]
     text = "\n".join(parts)
     print(text, end="")
     if args.out:
